@@ -1,0 +1,409 @@
+"""03 · DDPO: policy gradients for diffusion models (Black et al., ICLR 2024, arXiv 2305.13301).
+
+WHAT YOU LEARN. Chapter 1 made the sampler a policy with exact log-probabilities, chapter 2 made
+rewards. Here the two meet: sample pictures, score them, and make the denoising steps that led to
+the good ones more likely. Two estimators of the same gradient:
+
+    J(θ)  = E_{c, x_0 ~ p_θ}[ r(x_0, c) ]                                    what we want to raise
+    ∇J    = E[ Σ_t ∇log p_θ(x_{t−1}|x_t, c) · A ]                                       (DDPO_SF)
+    ∇J    = E[ Σ_t w_t · ∇log p_θ(x_{t−1}|x_t, c) · A ],   w_t = p_θ/p_old              (DDPO_IS)
+
+SF, the score function estimator (REINFORCE), is right for one update per round of samples. IS,
+importance sampling, may reuse a round for several updates, kept near p_old by PPO's clipping:
+
+    J_IS  = E[ Σ_t min(w_t·A, clip(w_t, 1−ε, 1+ε)·A) ]
+
+A, the advantage, is the reward minus what the prompt's other pictures got.
+
+A STEP THAT SHOUTS. With an ε-model, ∇log p = −(c_t/σ_t)·z·∇ε up to sign, z the step's own noise. The
+weight c_t/σ_t is about 1 at every step but the second-to-last, where it is 8.3 (T = 10): a late
+step that can no longer move a shape supplies nearly all of the gradient's norm, and most of that is
+noise. `--step-weight sigma` multiplies each step's term by σ_t/c_t (mean 1), so that all speak
+equally loud. It departs from the paper and is no longer ∇J, only a sum of its parts with other
+positive weights; `--step-weight none` is the paper.
+
+HOW TO RUN. `python 03_ddpo.py` TIME
+
+DEPARTURES. TBD
+
+EXERCISES. TBD
+"""
+import csv
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import torch
+from matplotlib.figure import Figure
+from peft import LoraConfig
+from tqdm import tqdm
+
+from tiny_sd import shapes
+
+mdp = import_module("01_mdp")  # load_pipeline, rollout, step_log_prob, noise_weight, ...
+rewards = import_module("02_rewards")  # get_reward, score
+
+ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon
+fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
+chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the Hugging Face hub
+    reward: str = "alignment"  # compressibility, incompressibility or alignment
+    prompts: str = "location"  # color, count, composition, location, bias, animals, activities, or a text file with a prompt a line
+    estimator: Literal["sf", "is"] = "is"  # score function (REINFORCE), or importance sampling (PPO)
+    rounds: int = 40  # rounds of sample, score, update
+    prompts_per_round: int = 8  # different prompts a round, drawn in turn from shuffled passes
+    samples_per_prompt: int = 16  # pictures of each of them; their mean is the baseline
+    updates_per_round: int = 2  # optimizer steps a round (K); 1 for sf
+    batch_size: int = 64  # (sample, timestep) pairs a UNet call in the update; memory, not result
+    num_steps: int = 10  # denoising steps T
+    timestep_fraction: float = 1.0  # share of each sample's steps to train on, drawn at random
+    eta: float = 1.0  # noise of a step: 1 is DDPM's
+    guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
+    learning_rate: float = 1e-4  # of AdamW
+    weight_decay: float = 1e-4  # of AdamW
+    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
+    clip_range: float = 0.2  # ε of PPO's clip
+    ratio: Literal["exact", "per_dim"] = "exact"  # exp(Δ log p), or the published exp(Δ log p / D)
+    step_weight: Literal["none", "sigma"] = "sigma"  # none: the paper; sigma: each step equally loud
+    baseline: Literal["leave_one_out", "running"] = "leave_one_out"  # what is subtracted from r
+    advantage_clip: float = 5.0  # advantages are cut to ± this
+    lora_rank: int = 0  # 0 trains all weights; else the rank of LoRA on the attention projections
+    eval_samples: int = 128  # pictures on fresh seeds, before and after, that the verdict rests on
+    seed: int = 0  # seed of everything
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    name: str | None = None  # the run's folder in --out; default: made from what is run
+    out: str = "runs"  # folder of all runs
+
+
+# ---- the estimators -------------------------------------------------------------------------
+
+
+def ddpo_sf_objective(log_prob, advantage, step_weight=1.0):
+    """J = E[ Σ_t log p_θ(x_{t−1}|x_t, c) · A ]   (DDPO_SF).   (B,T), (B,) -> ()
+
+    Its value means nothing; its gradient is the estimator. step_weight: a number or (B,T).
+    """
+    B, T = log_prob.shape
+    assert advantage.shape == (B,), (log_prob.shape, advantage.shape)
+    return (step_weight * log_prob * advantage[:, None]).sum(1).mean()
+
+
+def ddpo_is_objective(log_prob, old_log_prob, advantage, clip_range, step_weight=1.0):
+    """J = E[ Σ_t min(w·A, clip(w, 1−ε, 1+ε)·A) ],  w = p_θ/p_old   (DDPO_IS).  (B,T), (B,T), (B,) -> ()
+
+    min keeps the two corrective sides: a ratio that has left the band the wrong way still has a
+    gradient that pulls it back. step_weight: a number or (B,T).
+    """
+    B, T = log_prob.shape
+    assert old_log_prob.shape == (B, T) and advantage.shape == (B,), (log_prob.shape, advantage.shape)
+    ratio = (log_prob - old_log_prob).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    surrogate = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
+    return (step_weight * surrogate).sum(1).mean()
+
+
+def approx_kl(log_prob, old_log_prob):
+    """KL(p_old ‖ p_θ) ≈ E[ Σ_t (w − 1 − log w) ], in nats a picture: unbiased and never negative."""
+    log_ratio = log_prob - old_log_prob
+    return (log_ratio.exp() - 1 - log_ratio).sum(1).mean()
+
+
+def equivalent_clip(clip_range, power):
+    """(1 − ε)^p, (1 + ε)^p: the band that a ratio in 1 ± ε leaves to the ratio's p-th power.
+
+    p = D goes from the published per-dimension ratio to the exact one, p = 1/D the other way.
+    """
+    return (1 - clip_range) ** power, (1 + clip_range) ** power
+
+
+def step_weights(scheduler, timesteps, eta):
+    """(σ_t/c_t) / mean(σ/c), c_t = |∂μ/∂ε|: the step weights `sigma`.  (T,) -> (T,); 0 where σ = 0"""
+    weight = 1 / mdp.noise_weight(scheduler, timesteps, eta)
+    return (weight / weight.mean()).float()
+
+
+# ---- advantages -----------------------------------------------------------------------------
+
+
+def leave_one_out_advantage(reward, prompts):
+    """A_i = (r_i − mean_{j≠i, same prompt} r_j) / std_{j≠i} r_j.   (B,), B strings -> (B,) float64
+
+    Baseline and scale are made of the *other* samples, so both are independent of sample i: the
+    estimator's mean stays ∇J up to one positive factor. Raises where a prompt has only one sample.
+    """
+    B, names = len(prompts), sorted(set(prompts))
+    assert reward.shape == (B,), (reward.shape, B)
+    r = reward.double() - reward.double().mean()  # changes nothing but the rounding
+    prompt = torch.tensor([names.index(p) for p in prompts], device=r.device)
+    count = prompt.bincount()[prompt]
+    if (count < 2).any():
+        raise ValueError("--samples-per-prompt: leave_one_out needs at least 2 for every prompt")
+    baseline = (torch.zeros(len(names)).to(r).index_add(0, prompt, r)[prompt] - r) / (count - 1)
+    mean, square = (r.sum() - r) / (B - 1), ((r**2).sum() - r**2) / (B - 1)
+    scale = (square - mean**2).clamp(min=0).sqrt()
+    return (r - baseline) / torch.where(scale > 1e-6, scale, 1)
+
+
+def running_advantage(reward, prompts, history, keep=64):
+    """A_i = (r_i − mean) / std over the prompt's last `keep` rewards, this round's included.
+
+    DDPO's per-prompt statistics. They hold r_i itself, which shrinks E[A·∇log p] by the share that
+    it has in the mean: a small bias. `history`, prompt -> list of floats, is changed in place.
+    """
+    for value, prompt in zip(reward.tolist(), prompts):
+        history[prompt] = [*history.get(prompt, []), value][-keep:]
+    past = [torch.tensor(history[prompt], dtype=torch.float64) for prompt in prompts]
+    mean = torch.stack([values.mean() for values in past]).to(reward.device)
+    std = torch.stack([values.std(unbiased=False) for values in past]).to(reward.device)
+    return (reward.double() - mean) / torch.where(std > 1e-6, std, 1)
+
+
+# ---- prompts --------------------------------------------------------------------------------
+
+
+def get_prompts(name):
+    """A prompt set by name, or the lines of a text file; ValueError names what is wrong."""
+    if name in shapes.FAMILIES:
+        return shapes.prompts_of(name)
+    article = {animal: "an" if animal[0] in "aeiou" else "a" for animal in ANIMALS}
+    if name == "animals":
+        return [f"{article[animal]} {animal}" for animal in ANIMALS]
+    if name == "activities":
+        return [f"{article[animal]} {animal} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
+    if not Path(name).is_file():
+        known = ", ".join([*shapes.FAMILIES, "animals", "activities"])
+        raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are {known}")
+    prompts = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"--prompts {name}: the file has no prompt in it")
+    return prompts
+
+
+def prompt_stream(prompts, generator):
+    """Endless shuffled passes over the prompts."""
+    while True:
+        for i in torch.randperm(len(prompts), generator=generator).tolist():
+            yield prompts[i]
+
+
+# ---- the loop -------------------------------------------------------------------------------
+
+
+def check(config):
+    """ValueError that names the flag, before any work is done."""
+    least = dict(rounds=1, prompts_per_round=1, samples_per_prompt=1, updates_per_round=1,
+                 batch_size=1, num_steps=1, lora_rank=0, eval_samples=2, learning_rate=0,
+                 weight_decay=0, max_grad_norm=1e-12, clip_range=0, advantage_clip=0)
+    for field, low in least.items():
+        value, flag = getattr(config, field), "--" + field.replace("_", "-")
+        if not low <= value < math.inf:
+            raise ValueError(f"{flag} must be at least {low}, not {value}")
+    if not 0 < config.timestep_fraction <= 1:
+        raise ValueError(f"--timestep-fraction must lie in (0, 1], not {config.timestep_fraction}")
+    if config.name and Path(config.out, config.name).exists():
+        raise ValueError(f"--name {config.name}: {Path(config.out, config.name)} exists; choose another")
+    if config.estimator == "sf" and config.updates_per_round != 1:
+        raise ValueError("--estimator sf is valid for one update per round: --updates-per-round 1")
+    if config.baseline == "leave_one_out" and config.samples_per_prompt < 2:
+        raise ValueError("--samples-per-prompt must be at least 2 for --baseline leave_one_out")
+    pairs = config.prompts_per_round * config.samples_per_prompt
+    if config.updates_per_round > pairs:
+        raise ValueError(f"--updates-per-round {config.updates_per_round}: a round has {pairs} samples")
+
+
+def run_folder(config):
+    """A new folder runs/<name>/ with config.json; never one that is there already."""
+    base = config.name or f"ddpo_{config.estimator}_{config.reward}_{Path(config.prompts).stem}"
+    folder, i = Path(config.out, base), 1
+    while folder.exists():
+        folder, i = Path(config.out, f"{base}-{i + 1}"), i + 1
+    folder.mkdir(parents=True)
+    Path(folder, "config.json").write_text(json.dumps(asdict(config), indent=2))
+    return folder
+
+
+def trainable(pipe, lora_rank, seed):
+    """The parameters to train: all of the UNet's, or LoRA's on the attention projections."""
+    pipe.unet.requires_grad_(lora_rank == 0)
+    if lora_rank:
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank,
+                          target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        with torch.random.fork_rng():  # peft draws its first weights from the global generator
+            torch.manual_seed(seed)
+            pipe.unet.add_adapter(lora)
+    return [p for p in pipe.unet.parameters() if p.requires_grad]
+
+
+def draw_pairs(samples, steps, fraction, updates, generator):
+    """Shuffled (sample, timestep) index pairs in `updates` minibatches: a list of (M,2) tensors."""
+    kept = max(1, round(fraction * steps))
+    timestep = torch.rand(samples, steps, generator=generator).argsort(1)[:, :kept].flatten()
+    pairs = torch.stack([torch.arange(samples).repeat_interleave(kept), timestep], 1)
+    return pairs[torch.randperm(len(pairs), generator=generator)].tensor_split(updates)
+
+
+def update(pipe, optimizer, params, run, advantage, minibatch, weight, config):
+    """One optimizer step on a minibatch of (sample, timestep) pairs; returns what happened.
+
+    clip_fraction and kl compare the policy *before* this step with the one that drew the samples.
+    """
+    T, D = run.log_probs.shape[1], run.latents[0, 0].numel() if config.ratio == "per_dim" else 1
+    sums = dict(clip_fraction=0.0, kl=0.0)
+    for pairs in minibatch.split(config.batch_size):
+        i, k = pairs.to(run.latents.device).T
+        log_prob = mdp.step_log_prob(
+            pipe, run.latents[i, k], run.latents[i, k + 1], run.timesteps.to(k.device)[k],
+            run.prompt_embeds[i], run.negative_embeds, config.guidance_scale, config.eta)
+        new, old = log_prob[:, None] / D, run.log_probs[i, k][:, None] / D  # each pair is (B=1, T=1)
+        if config.estimator == "sf":
+            J = ddpo_sf_objective(new, advantage[i], weight[k][:, None])
+        else:
+            J = ddpo_is_objective(new, old, advantage[i], config.clip_range, weight[k][:, None])
+        # Σ_t over a picture's steps is T times the mean over pairs.
+        share = len(pairs) / len(minibatch)
+        loss = -J * T * share
+        loss.backward()
+        with torch.no_grad():
+            outside = ((new - old).exp() - 1).abs() > config.clip_range
+            sums["clip_fraction"] += outside.float().mean().item() * share
+            sums["kl"] += approx_kl(log_prob[:, None], run.log_probs[i, k][:, None]).item() * T * share
+    norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+    if not norm.isfinite():
+        raise ValueError(f"the gradient is {norm.item()}; try a smaller --learning-rate")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**sums, "grad_norm": norm.item()}
+
+
+def evaluate(pipe, prompts, reward, config):
+    """Rewards and pictures on seeds that training never uses: the same before and after."""
+    n = config.eval_samples
+    chosen = [prompts[i * len(prompts) // n if len(prompts) > n else i % len(prompts)] for i in range(n)]
+    run = mdp.rollout(pipe, chosen, config.num_steps, config.eta, config.guidance_scale,
+                      seed=2**40 + config.seed, batch_size=config.batch_size)
+    return rewards.score(reward, run.images, chosen), run.images, chosen
+
+
+def train(config):
+    """DDPO: sample a round, score it, advantages, K updates.  Returns {"folder", "rows", ...}."""
+    check(config)
+    prompts, reward = get_prompts(config.prompts), rewards.get_reward(config.reward)
+    pipe = mdp.load_pipeline(config.model, config.device)
+    generator = torch.Generator().manual_seed(config.seed)  # all randomness of training
+    before, pictures_before, shown = evaluate(pipe, prompts, reward, config)  # also tries everything
+    folder = run_folder(config)
+    params = trainable(pipe, config.lora_rank, config.seed)
+    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
+    stream, history, rows, queries = prompt_stream(prompts, generator), {}, [], 0
+    pipe.scheduler.set_timesteps(config.num_steps)
+    timesteps = pipe.scheduler.timesteps
+    weight = (step_weights(pipe.scheduler, timesteps, config.eta) if config.step_weight == "sigma"
+              else torch.ones(len(timesteps))).to(pipe.device)
+
+    D = math.prod(mdp.latent_shape(pipe))
+    if config.estimator == "is":
+        power, other = (1 / D, "per_dim") if config.ratio == "exact" else (D, "exact")
+        band = "{:.6g} to {:.6g}".format(*equivalent_clip(config.clip_range, power))
+        print(f"clip ±{config.clip_range:g} on the {config.ratio} ratio = {band} on the {other} one (D = {D})")
+
+    bar = tqdm(range(config.rounds), "DDPO", unit="round")
+    for round_number in bar:
+        clock = [time.perf_counter()]
+        asked = [next(stream) for _ in range(config.prompts_per_round)]
+        asked = [prompt for prompt in asked for _ in range(config.samples_per_prompt)]
+        run = mdp.rollout(pipe, asked, config.num_steps, config.eta, config.guidance_scale,
+                          generator=generator, batch_size=config.batch_size)
+        clock.append(time.perf_counter())
+
+        r = rewards.score(reward, run.images, asked)
+        queries += len(r)
+        A = (leave_one_out_advantage(r, asked) if config.baseline == "leave_one_out"
+             else running_advantage(r, asked, history))
+        A = A.clamp(-config.advantage_clip, config.advantage_clip).float().to(pipe.device)
+        clock.append(time.perf_counter())
+
+        minibatches = draw_pairs(len(asked), len(timesteps), config.timestep_fraction,
+                                 config.updates_per_round, generator)
+        for minibatch in minibatches:
+            last = update(pipe, optimizer, params, run, A, minibatch, weight, config)
+        clock.append(time.perf_counter())
+
+        seconds = [b - a for a, b in zip(clock, clock[1:])]
+        rows.append(dict(round=round_number + 1, queries=queries, reward=r.mean().item(),
+                         reward_se=(r.std() / len(r) ** 0.5).item(), **last,
+                         **dict(zip(("sample_s", "reward_s", "update_s"), seconds))))
+        log(folder, rows, bar)
+
+    after, pictures_after, _ = evaluate(pipe, prompts, reward, config)
+    result = dict(folder=str(folder), rows=rows, before=before, after=after, queries=queries)
+    save(folder, pipe, config, result, pictures_before, pictures_after, shown)
+    return result
+
+
+def log(folder, rows, bar):
+    """One line on the screen, one in metrics.csv, and the reward curve drawn anew."""
+    row = rows[-1]
+    with open(Path(folder, "metrics.csv"), "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if len(rows) == 1:
+            writer.writeheader()
+        writer.writerow(row)
+    bar.write(
+        "round {round:3}  reward {reward:7.3f} ± {reward_se:.3f}  clipped {clip_fraction:4.0%}  "
+        "KL {kl:7.4f}  |g| {grad_norm:8.3g}  sample {sample_s:.1f} s  reward {reward_s:.1f} s  "
+        "update {update_s:.1f} s".format(**row))
+
+
+def save_curve(path, rows, before, after, reward):
+    """Reward against reward queries: training rounds, and the two evaluations on fresh seeds."""
+    x, y, e = ([row[key] for row in rows] for key in ("queries", "reward", "reward_se"))
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    ax.errorbar(x, y, e, fmt=".-", lw=1, elinewidth=0.5, label="training rounds, mean ± s.e.")
+    ends = [v.mean() for v in (before, after)], [v.std() / len(v) ** 0.5 for v in (before, after)]
+    ax.errorbar([0, x[-1]], *ends, fmt="s", capsize=4, color="black", label="fresh seeds")
+    ax.set(xlabel="reward queries", ylabel=reward)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path)
+
+
+def save(folder, pipe, config, result, pictures_before, pictures_after, prompts):
+    """The run's pictures, and the fine-tuned model in diffusers format."""
+    save_curve(Path(folder, "reward.png"), result["rows"], result["before"], result["after"], config.reward)
+    show = [round(i) for i in torch.linspace(0, len(prompts) - 1, min(8, len(prompts))).tolist()]
+    grid = [[pictures[i] for i in show] for pictures in (pictures_before, pictures_after)]
+    mdp.save_grid(Path(folder, "before_after.png"), grid, ["before", "after"], [prompts[i] for i in show])
+    if config.lora_rank:
+        pipe.unet.fuse_lora()
+        pipe.unet.unload_lora()
+    pipe.save_pretrained(Path(folder, "model"))
+
+
+def main(argv=None):
+    config = mdp.parse_config(Config, __doc__, argv)
+    start = time.perf_counter()
+    result = train(config)
+    before, after = result["before"], result["after"]
+    gain, n = after - before, len(before)
+    print(f"\n{config.reward} on {n} pictures from fresh seeds, mean ± s.e.: "
+          f"{before.mean():.3f} ± {before.std() / n**0.5:.3f} before, "
+          f"{after.mean():.3f} ± {after.std() / n**0.5:.3f} after")
+    error = (gain.std() / n**0.5).item()
+    print(f"gain {gain.mean():+.3f} ± {error:.3f} (same seeds), {result['queries']} reward queries, "
+          f"{time.perf_counter() - start:.0f} s")
+    print(f"before_after.png, reward.png, metrics.csv, config.json and model/ are in {result['folder']}")
+
+
+if __name__ == "__main__":
+    mdp.run_main(main)
