@@ -224,8 +224,8 @@ def wrong_request(request, rng):
     return (replace(g, shape=str(rng.choice([s for s in SHAPES if s != g.shape]))),)
 
 
-def sample_pair(rng):
-    """Draw one (picture, caption) pair of the pretraining set."""
+def sample_pair(rng, noise=1.0):
+    """Draw one (picture, caption) pair; `noise` times CAPTION_NOISE is the share of wrong captions."""
     while True:
         family = str(rng.choice(FAMILIES, p=[FAMILY_SHARE[f] for f in FAMILIES]))
         color = lambda: str(rng.choice(list(COLORS)))  # noqa: E731
@@ -242,7 +242,7 @@ def sample_pair(rng):
             }[family]()
             if family == "composition" and asked[0].color == asked[1].color:
                 continue
-            wrong = rng.random() < CAPTION_NOISE[family]
+            wrong = rng.random() < noise * CAPTION_NOISE[family]
             drawn = wrong_request(asked, rng) if wrong else asked
         if is_held_out(asked) or is_held_out(drawn):
             continue

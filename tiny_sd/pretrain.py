@@ -1,0 +1,338 @@
+"""Remake the tiny Stable Diffusion from nothing: python tiny_sd/pretrain.py
+
+Four steps, as Stable Diffusion was made:
+
+    vae      pictures (3,64,64) -> latents (4,8,8) and back: mean squared error + a little KL
+    unet     UNet and text encoder on noisily captioned latents: DDPM's loss (Ho et al., 2020)
+             L = E[ w_t ||eps - eps_theta(x_t, t, c)||^2 ] with w_t = 1/alpha_bar_t up to a limit.
+             Plain DDPM (w = 1) hardly looks at the noisiest steps, and there it is decided how
+             many objects there are, and where
+    refine   the same on fresh pictures with half as many wrong captions, as web-scale models are
+             finished on cleaner data
+    measure  VAE PSNR, denoising loss, and how often the exact judge finds a family's prompts right
+
+The result is a diffusers folder: StableDiffusionPipeline.from_pretrained("tiny_sd") loads it.
+About 80 minutes on one CPU core (vae 23, unet 40, refine 15).  `--only` does a single step.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm, trange
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tiny_sd import judge, shapes  # noqa: E402
+
+MAX_LENGTH = 16  # tokens; the longest caption has 9
+WIDTH = 64  # of the text encoder
+
+
+# ---- the parts ------------------------------------------------------------------------------
+
+
+def make_tokenizer():
+    """A CLIPTokenizer (byte-pair encoding) whose merges make each word of the world one token."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = []
+    for word in sorted(shapes.WORDS, key=len, reverse=True):  # long first: "an" is inside "orange"
+        *start, last = word
+        pieces = [*start, last + "</w>"]
+        for i in range(1, len(pieces)):
+            pair = ("".join(pieces[:i]), pieces[i])
+            merges += [pair] if pair not in merges else []
+    vocab = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges)]
+    vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+        files[1].write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        CLIPTokenizer(*map(str, files), model_max_length=MAX_LENGTH).save_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    broken = [word for word in shapes.WORDS if len(tokenizer(word).input_ids) != 3]
+    assert not broken, f"not one token each: {broken}"
+    return tokenizer
+
+
+def make_text_encoder(tokenizer):
+    """A CLIPTextModel; tokens that are no word of the world keep an embedding of exactly zero."""
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ))
+    known = torch.zeros(len(tokenizer), 1)
+    for word in shapes.WORDS:
+        known[tokenizer(word).input_ids] = 1
+    with torch.no_grad():
+        embedding = text_encoder.get_input_embeddings().weight
+        embedding.normal_(std=0.5).mul_(known)  # CLIP's 0.02 is slow to learn from at this size
+        assert int(known.sum()) == len(shapes.WORDS) + 2
+    return text_encoder
+
+
+def make_vae():
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=shapes.SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=8,
+    )
+
+
+def make_unet():
+    return UNet2DConditionModel(
+        sample_size=shapes.SIZE // 8, in_channels=4, out_channels=4, block_out_channels=(48, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1, cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
+    )
+
+
+def make_scheduler():
+    """Stable Diffusion v1's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )
+
+
+# ---- data -----------------------------------------------------------------------------------
+
+
+def draw_pairs(n, seed, noise=1.0):
+    """n pictures (n,3,H,W) uint8 and their captions."""
+    rng = np.random.default_rng(seed)
+    pictures, captions = torch.empty(n, 3, shapes.SIZE, shapes.SIZE, dtype=torch.uint8), []
+    for i in trange(n, desc="drawing"):
+        picture, caption = shapes.sample_pair(rng, noise)
+        pictures[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        captions.append(caption)
+    return pictures, captions
+
+
+def to_unit(pictures):
+    """uint8 0..255 -> float -1..1, the VAE's range."""
+    return pictures.float() / 127.5 - 1
+
+
+def cosine(optimizer, steps, warmup=200):
+    """Learning rate: linear warm-up, then half a cosine down to zero."""
+    def scale(i):
+        return min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * i / steps)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+# ---- step 1: the VAE ------------------------------------------------------------------------
+
+
+def train_vae(pictures, steps, device, generator, batch=16, lr=2e-3, kl_weight=3e-5):
+    vae = make_vae().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = cosine(optimizer, steps)
+    bar = trange(steps, desc="VAE", mininterval=5)
+    for i in bar:
+        index = torch.randint(len(pictures), (batch,), generator=generator)
+        x = to_unit(pictures[index]).to(device, memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        mse = F.mse_loss(vae.decode(posterior.mean + posterior.std * noise).sample, x)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (mse + kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if i % 100 == 0:
+            bar.set_postfix(psnr=f"{psnr(mse.item()):.1f} dB", kl=f"{kl.item():.2f}")
+    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    latents = encode(vae, pictures[:4000], device)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # as Rombach et al.
+    return vae
+
+
+def psnr(mse):
+    """Peak signal-to-noise ratio in dB of an error between pictures in [-1, 1]."""
+    return 10 * math.log10(4 / mse)
+
+
+@torch.no_grad()
+def encode(vae, pictures, device):
+    """Mean of the posterior, not yet scaled: (n,4,8,8)."""
+    batches = tqdm(pictures.split(100), desc="encoding", leave=False)
+    return torch.cat([vae.encode(to_unit(p).to(device)).latent_dist.mean.cpu() for p in batches])
+
+
+@torch.no_grad()
+def measure_vae(vae, pictures, device):
+    """PSNR in dB of pictures after encoding and decoding, rounded to 8 bits as users see them."""
+    error = []
+    for p in pictures.split(100):
+        x = to_unit(p).to(device)
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        y = ((y + 1) * 127.5).round() / 127.5 - 1
+        error.append(((x - y) ** 2).mean((1, 2, 3)))
+    return psnr(torch.cat(error).mean().item())
+
+
+# ---- step 2: UNet and text encoder ----------------------------------------------------------
+
+
+def noise_latents(scheduler, x_0, generator):
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for random t: returns x_t, t, eps, a_t."""
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=generator)
+    eps = torch.randn(x_0.shape, generator=generator)
+    a_t = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, t, eps, a_t
+
+
+def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, generator, lr=1e-3,
+               batch=64, max_weight=30):
+    """Yields UNet and text encoder on the way: exponential moving averages of their training."""
+    unet.to(device).requires_grad_(True)
+    text_encoder.to(device).requires_grad_(True)
+    scheduler = make_scheduler()
+    both = torch.nn.ModuleList([unet, text_encoder])
+    average = torch.optim.swa_utils.AveragedModel(
+        both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-3)
+    schedule = cosine(optimizer, steps)
+    bar, running = trange(steps, desc="UNet", mininterval=5), None
+    for i in bar:
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        x_t, t, eps, a_t = noise_latents(scheduler, latents[index], generator)
+        dropped = torch.rand(batch, 1, generator=generator) < 0.1  # for classifier-free guidance
+        ids = torch.where(dropped, empty, tokens[index]).to(device)
+        eps_theta = unet(x_t.to(device), t.to(device), text_encoder(ids)[0]).sample
+        weight = (1 / a_t).clamp(max=max_weight).to(device)
+        loss = (weight * (eps.to(device) - eps_theta) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(both)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if i % 100 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+        if i % 2000 == 1999:
+            yield average.module[0], average.module[1]
+    yield average.module[0], average.module[1]
+
+
+@torch.no_grad()
+def measure_unet(pipe, pictures, captions, device, generator):
+    """E||eps - eps_theta||^2 on held-out pictures, all timesteps alike, unweighted."""
+    ids = tokenize(pipe.tokenizer, captions).to(device)
+    x_0 = encode(pipe.vae, pictures, device) * pipe.vae.config.scaling_factor
+    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, generator)
+    error = []
+    for x, s, e, i in zip(x_t.split(100), t.split(100), eps.split(100), ids.split(100)):
+        prediction = pipe.unet(x.to(device), s.to(device), pipe.text_encoder(i)[0]).sample
+        error.append(((prediction.cpu() - e) ** 2).mean((1, 2, 3)))
+    return torch.cat(error).mean().item()
+
+
+def tokenize(tokenizer, captions):
+    return tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True,
+                     return_tensors="pt").input_ids
+
+
+# ---- step 3: the pipeline, and how good it is -----------------------------------------------
+
+
+def save_pipeline(folder, vae, unet, text_encoder):
+    """Write the diffusers folder; UNet and VAE in half precision to stay small."""
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder, tokenizer=make_tokenizer(),
+        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    vae.float(), unet.float()
+
+
+def load_pipeline(folder, device):
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure_families(pipe, n=128, steps=20, guidance_scale=1.0, held_out=False, seed=0):
+    """Share of pictures the judge finds fully right, per family: a dict, and the pictures."""
+    right, pictures = {}, {}
+    for family in tqdm(shapes.FAMILIES, desc="sampling"):
+        prompts = shapes.prompts_of(family, held_out)
+        if not prompts:
+            continue
+        prompts = [prompts[i * len(prompts) // n % len(prompts)] for i in range(n)]
+        generator = torch.Generator().manual_seed(seed)
+        pictures[family] = pipe(prompts, num_inference_steps=steps, eta=1.0, generator=generator,
+                                guidance_scale=guidance_scale).images
+        scores = [judge.score(o, shapes.parse(p)) for o, p in zip(judge.see(pictures[family]), prompts)]
+        right[family] = np.mean([score == 1 for score in scores])
+    return right, pictures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=str(ROOT / "tiny_sd"), help="folder to write (%(default)s)")
+    parser.add_argument("--only", choices=["vae", "unet", "refine", "measure"],
+                        help="do one step; what it builds on is read from --out")
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--refine-steps", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=40000, help="training pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    tokenizer, device = make_tokenizer(), args.device
+    for step in [args.only] if args.only else ["vae", "unet", "refine", "measure"]:
+        torch.manual_seed(args.seed)  # diffusers and transformers draw initial weights from this one
+        generator = torch.Generator().manual_seed(args.seed)
+        refine = step == "refine"
+        if step != "measure":
+            data = (args.pictures // 2, args.seed + 2, 0.5) if refine else (args.pictures, args.seed)
+            pictures, captions = draw_pairs(*data)
+        if step == "vae":
+            train_vae(pictures, args.vae_steps, device, generator).half().save_pretrained(
+                Path(args.out, "vae"))
+        elif step in ("unet", "refine"):
+            vae = AutoencoderKL.from_pretrained(Path(args.out, "vae")).float()
+            vae.to(device).requires_grad_(False)
+            latents = encode(vae, pictures, device) * vae.config.scaling_factor
+            old = load_pipeline(args.out, device) if refine else None
+            unet = old.unet if refine else make_unet()
+            text_encoder = old.text_encoder if refine else make_text_encoder(tokenizer)
+            steps, lr = (args.refine_steps, 5e-4) if refine else (args.unet_steps, 1e-3)
+            tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+            for unet, text_encoder in train_unet(
+                    unet, text_encoder, latents, tokens, empty, steps, device, generator, lr):
+                save_pipeline(args.out, vae, unet, text_encoder)
+        else:
+            measure(args.out, device, args.seed + 1)
+
+
+def measure(folder, device, seed):
+    """Print how good the model in the folder is."""
+    pipe = load_pipeline(folder, device)
+    fresh, captions = draw_pairs(1000, seed)
+    print(f"VAE PSNR on fresh pictures  {measure_vae(pipe.vae, fresh, device):.1f} dB")
+    generator = torch.Generator().manual_seed(seed)
+    print(f"denoising loss              {measure_unet(pipe, fresh, captions, device, generator):.4f}")
+    for held_out in (False, True):
+        right, _ = measure_families(pipe, held_out=held_out)
+        for family, share in right.items():
+            print(f"right, {family:12}{' (held out)' if held_out else '':11} {share:6.1%}")
+
+
+if __name__ == "__main__":
+    main()
