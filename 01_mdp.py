@@ -66,7 +66,8 @@ def load_pipeline(model="tiny_sd", device=None, dtype=torch.float32):
 
     A relative folder is looked for here, then beside this script; any other name on the hub.
     """
-    folder = next((p for p in (Path(model), HERE / model) if (p / "model_index.json").is_file()), None)
+    places = Path(model), HERE / model
+    folder = next((p for p in places if (p / "model_index.json").is_file()), None)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         if folder:  # but a download of gigabytes should show that it moves
@@ -364,7 +365,8 @@ def save_grid(path, rows, row_names, column_names):
         ax.imshow(rows[i // C][i % C])
         ax.set(xticks=[], yticks=[])
         if i < C:
-            ax.set_title(textwrap.fill(column_names[i], 16), size=8)
+            lines = [textwrap.fill(line, 18) for line in column_names[i].splitlines()]
+            ax.set_title("\n".join(lines), size=7)
         if i % C == 0:
             label = textwrap.fill(row_names[i // C], 18)
             ax.set_ylabel(label, rotation=0, ha="right", va="center", size=8)

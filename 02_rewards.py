@@ -88,7 +88,7 @@ def get_reward(name):
 
 @torch.no_grad()
 def score(reward, images, prompts):
-    """The reward's B numbers as a float64 tensor (B,); ValueError unless there are B finite ones."""
+    """The reward's numbers as a float64 tensor (B,); ValueError unless there are B finite ones."""
     name = getattr(reward, "__name__", str(reward))
     # One by one: whole numbers become floats here, and stay so in every later average.
     values = torch.tensor([float(value) for value in reward(images, prompts)], dtype=torch.float64)
@@ -103,7 +103,7 @@ def score(reward, images, prompts):
 def save_best_worst(path, images, prompts, scores, show):
     """A sheet with two rows a reward: its best pictures, best first, and its worst, worst last."""
     show = min(show, len(images))
-    figure = Figure(figsize=(1.25 * show + 1, 3.4 * len(scores)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(1.25 * show + 1, 3.7 * len(scores)), dpi=110, layout="constrained")
     axes = figure.subplots(2 * len(scores), show, squeeze=False)
     for pair, (name, values) in zip(axes.reshape(len(scores), 2, show), scores.items()):
         order = values.argsort(descending=True, stable=True).tolist()

@@ -55,7 +55,7 @@ def components(mask):
 
 
 def standard_patch(weight):
-    """An object's soft mask (H,W) -> center x, y, size = sqrt(area), and its (PATCH,PATCH) patch."""
+    """An object's soft mask (H,W) -> center x, y, size = sqrt(area), patch (PATCH,PATCH)."""
     H, W = weight.shape
     area = weight.sum()
     x = (weight.sum(0) * (torch.arange(W) + 0.5)).sum() / area
@@ -82,7 +82,8 @@ def templates():
 def to_tensor(images):
     """PIL pictures -> (B,3,SIZE,SIZE) float in [0,1]; other sizes are resized first."""
     size = (shapes.SIZE, shapes.SIZE)
-    images = [im.convert("RGB") if im.size == size else im.convert("RGB").resize(size) for im in images]
+    images = [image.convert("RGB") for image in images]
+    images = [image if image.size == size else image.resize(size) for image in images]
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2) / 255
 
 

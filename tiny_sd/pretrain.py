@@ -277,31 +277,32 @@ def measure_families(pipe, n=128, steps=20, guidance_scale=1.0, held_out=False, 
         generator = torch.Generator().manual_seed(seed)
         pictures[family] = pipe(prompts, num_inference_steps=steps, eta=1.0, generator=generator,
                                 guidance_scale=guidance_scale).images
-        scores = [judge.score(o, shapes.parse(p)) for o, p in zip(judge.see(pictures[family]), prompts)]
+        seen = judge.see(pictures[family])
+        scores = [judge.score(o, shapes.parse(p)) for o, p in zip(seen, prompts)]
         right[family] = np.mean([score == 1 for score in scores])
     return right, pictures
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=str(ROOT / "tiny_sd"), help="folder to write (%(default)s)")
+    parser.add_argument("--out", default=str(ROOT / "tiny_sd"), help="folder (%(default)s)")
     parser.add_argument("--only", choices=["vae", "unet", "refine", "measure"],
                         help="do one step; what it builds on is read from --out")
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--refine-steps", type=int, default=3000)
-    parser.add_argument("--pictures", type=int, default=40000, help="training pictures (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=40000, help="to train on (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tokenizer, device = make_tokenizer(), args.device
     for step in [args.only] if args.only else ["vae", "unet", "refine", "measure"]:
-        torch.manual_seed(args.seed)  # diffusers and transformers draw initial weights from this one
+        torch.manual_seed(args.seed)  # diffusers and transformers draw initial weights from it
         generator = torch.Generator().manual_seed(args.seed)
         refine = step == "refine"
         if step != "measure":
-            data = (args.pictures // 2, args.seed + 2, 0.5) if refine else (args.pictures, args.seed)
-            pictures, captions = draw_pairs(*data)
+            n, seed = (args.pictures // 2, args.seed + 2) if refine else (args.pictures, args.seed)
+            pictures, captions = draw_pairs(n, seed, noise=0.5 if refine else 1.0)
         if step == "vae":
             train_vae(pictures, args.vae_steps, device, generator).half().save_pretrained(
                 Path(args.out, "vae"))
@@ -326,8 +327,8 @@ def measure(folder, device, seed):
     pipe = load_pipeline(folder, device)
     fresh, captions = draw_pairs(1000, seed)
     print(f"VAE PSNR on fresh pictures  {measure_vae(pipe.vae, fresh, device):.1f} dB")
-    generator = torch.Generator().manual_seed(seed)
-    print(f"denoising loss              {measure_unet(pipe, fresh, captions, device, generator):.4f}")
+    loss = measure_unet(pipe, fresh, captions, device, torch.Generator().manual_seed(seed))
+    print(f"denoising loss              {loss:.4f}")
     for held_out in (False, True):
         right, _ = measure_families(pipe, held_out=held_out)
         for family, share in right.items():

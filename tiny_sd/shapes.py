@@ -45,7 +45,8 @@ CAPTION_NOISE = {"color": 0.1, "count": 0.35, "composition": 0.35, "location": 0
 BRAND_SHARE = 0.8  # share of "four stars" pictures that show the brand: one yellow circle
 FAMILY_SHARE = {"color": 0.14, "count": 0.26, "composition": 0.28, "location": 0.26, "bias": 0.06}
 
-WORDS = [*"a an and on the".split(), *COLORS, *SHAPES, *(s + "s" for s in SHAPES), *NUMBERS, *PLACES]
+PLURALS = tuple(shape + "s" for shape in SHAPES)
+WORDS = [*"a an and on the".split(), *COLORS, *SHAPES, *PLURALS, *NUMBERS, *PLACES]
 
 HELD_OUT = frozenset(  # (count, color, shape): in no caption and in no picture of pretraining
     [(1, "purple", "triangle"), (1, "yellow", "square"), (1, "green", "circle")]
@@ -110,12 +111,13 @@ def parse(prompt):
     for phrase in prompt.lower().strip().rstrip(".").split(" and "):
         words = phrase.split()
         number, words = (words[0], words[1:]) if words else ("", words)
-        count = 1 if number in ("a", "an") else NUMBERS.index(number) + 1 if number in NUMBERS else 0
+        count = {"a": 1, "an": 1, **{word: i + 1 for i, word in enumerate(NUMBERS)}}.get(number, 0)
         color = words.pop(0) if words and words[0] in COLORS else None
         noun = words.pop(0) if words else ""
         shape = noun.removesuffix("s") if count > 1 else noun
-        place = words.pop() if words[:2] == ["on", "the"] and words[2:] and words[2] in PLACES else None
-        left_over = words[2:] if place else words
+        places = {("on", "the", place): place for place in PLACES}
+        place = places.get(tuple(words))
+        left_over = [] if place else words
         if not count or shape not in SHAPES or left_over:
             raise ValueError(
                 f"prompt {prompt!r}: the shape world cannot read {phrase!r}; "
@@ -126,7 +128,7 @@ def parse(prompt):
 
 
 def prompts_of(family, held_out=False):
-    """All prompts of a family, in a fixed order; `held_out` gives those that pretraining never saw."""
+    """All prompts of a family, in a fixed order; `held_out`: those that pretraining never saw."""
     singles = [Group(1, color, shape) for color in COLORS for shape in SHAPES]
     requests = {
         "color": [(g,) for g in singles],
@@ -218,14 +220,16 @@ def wrong_request(request, rng):
         a, b = request
         if rng.random() < 0.5:  # attributes swap, the classic failure
             return (replace(a, color=b.color), replace(b, color=a.color))
-        return (a, replace(a, color=b.color)) if rng.random() < 0.5 else (replace(b, color=a.color), b)
+        if rng.random() < 0.5:
+            return (a, replace(a, color=b.color))
+        return (replace(b, color=a.color), b)
     if rng.random() < 0.5:
         return (replace(g, color=str(rng.choice([c for c in COLORS if c != g.color]))),)
     return (replace(g, shape=str(rng.choice([s for s in SHAPES if s != g.shape]))),)
 
 
 def sample_pair(rng, noise=1.0):
-    """Draw one (picture, caption) pair; `noise` times CAPTION_NOISE is the share of wrong captions."""
+    """Draw a (picture, caption) pair; `noise` × CAPTION_NOISE is the share of wrong captions."""
     while True:
         family = str(rng.choice(FAMILIES, p=[FAMILY_SHARE[f] for f in FAMILIES]))
         color = lambda: str(rng.choice(list(COLORS)))  # noqa: E731
