@@ -331,3 +331,30 @@ def test_a_second_update_weighs_by_the_policy_that_sampled():
         said = ddpo.update(pipe, optimizer, params, run, A, pairs, torch.ones(T), config)
         assert pipe.unet.theta.item() == pytest.approx(theta, rel=1e-6)
     assert said["clip_fraction"] > 0 and said["kl"] > 0
+
+
+def test_learning_on_the_tiny_model(tmp_path):
+    """Six rounds on "four stars", which the pretrained model mostly takes for a yellow circle."""
+    config = ddpo.Config(prompts="bias", rounds=6, prompts_per_round=1, samples_per_prompt=48, num_steps=8,
+                         eval_samples=48, seed=0, device="cpu", out=str(tmp_path))
+    result = ddpo.train(config)
+    gain = result["after"] - result["before"]
+    assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5  # 9.6 and 7.4 when it was written
+    assert result["rows"][-1]["reward"] > result["rows"][0]["reward"] + 0.2
+
+
+def test_prompt_sets(tmp_path):
+    animals, activities = ddpo.get_prompts("animals"), ddpo.get_prompts("activities")
+    assert len(set(animals)) == 45 and "an ant" in animals and "a dog" in animals
+    assert len(set(activities)) == 135 and "a raccoon washing the dishes" in activities
+    assert "a blue star on the left" in ddpo.get_prompts("location")
+    assert "a purple triangle" not in ddpo.get_prompts("color")  # held out of pretraining
+    (tmp_path / "mine.txt").write_text("a red circle\n\n  two blue squares \n")
+    assert ddpo.get_prompts(str(tmp_path / "mine.txt")) == ["a red circle", "two blue squares"]
+
+
+def test_prompt_stream_passes_over_all_prompts_before_it_repeats():
+    stream = ddpo.prompt_stream(list("abcde"), torch.Generator().manual_seed(0))
+    drawn = [next(stream) for _ in range(15)]
+    assert [sorted(drawn[i:i + 5]) for i in (0, 5, 10)] == [list("abcde")] * 3
+    assert drawn[:5] != drawn[5:10]
