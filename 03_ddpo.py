@@ -20,9 +20,9 @@ A STEP THAT SHOUTS. For a model that predicts ε, ∇log p = (c_t/σ_t)·z·∇�
 and c_t = ∂μ/∂ε. The weight |c_t|/σ_t is about 1 at every step but the second-to-last, where it is
 8.3 (T = 10): one late step, which can no longer move a shape, supplies most of the gradient's norm
 (128, against 57 at the last step and 7 to 16 at the others, for 128 pictures of the tiny model).
-`--step-weight sigma` multiplies each step's term by σ_t/|c_t| (mean 1). That departs from the paper:
-the sum is no longer ∇J, only its terms with other positive weights; `--step-weight none` is the
-paper. Measured gains of sigma and none: 0.27 and 0.22 (20 rounds, seed 0), 0.36 and 0.30 (30
+`--step-weight sigma` multiplies each step's term by σ_t/|c_t| (mean 1). That departs from the
+paper: the sum is no longer ∇J, only its terms with other positive weights; `--step-weight none` is
+the paper. Measured gains of sigma and none: 0.27 and 0.22 (20 rounds, seed 0), 0.36 and 0.30 (30
 rounds, seed 1), each ± 0.04.
 
 HOW TO RUN. `python 03_ddpo.py` teaches the tiny model to put shapes where the prompt says ("a blue
@@ -63,7 +63,8 @@ rewards = import_module("02_rewards")  # get_reward, score
 
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
 raccoon fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake
-turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
+turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog
+kangaroo""".split()
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
 
