@@ -324,7 +324,8 @@ def rollout(pipe, prompts, num_steps=10, eta=1.0, guidance_scale=1.0, seed=None,
 
 def parse_config(Config, doc, argv=None):
     """Command line -> Config: its fields give the flags, its comments the help."""
-    comments = dict(re.findall(r"^ +(\w+):[^#]*  # (.+)$", inspect.getsource(Config), re.M))
+    source = "".join(inspect.getsource(c) for c in Config.__mro__[:-1])  # one may extend another
+    comments = dict(re.findall(r"^ +(\w+):[^#]*  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 

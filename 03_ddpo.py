@@ -45,6 +45,7 @@ baseline hold any picture's reward but the sample's own?
 import csv
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -59,7 +60,7 @@ from tqdm import tqdm
 from tiny_sd import shapes
 
 mdp = import_module("01_mdp")  # load_pipeline, rollout, step_log_prob, noise_weight, ...
-rewards = import_module("02_rewards")  # get_reward, score
+rewards = import_module("02_rewards")  # Models, get_reward, score
 
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
 raccoon fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake
@@ -69,9 +70,9 @@ ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(rewards.Models):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the Hugging Face hub
-    reward: str = "alignment"  # compressibility, incompressibility or alignment
+    reward: str = "alignment"  # chapter 2's, a sum like alignment=1,aesthetic=0.2, or file.py:name
     prompts: str = "location"  # a shape family, animals, activities, or a file, a prompt a line
     estimator: Literal["sf", "is"] = "is"  # score function (REINFORCE), importance sampling (PPO)
     rounds: int = 30  # rounds of sample, score, update
@@ -242,7 +243,8 @@ def check(config):
 
 def run_folder(config):
     """A new folder runs/<name>/ with config.json; never one that is there already."""
-    base = config.name or f"ddpo_{config.estimator}_{config.reward}_{Path(config.prompts).stem}"
+    reward = re.sub(r"[^\w=.,-]+", "_", config.reward)  # a file's path has slashes
+    base = config.name or f"ddpo_{config.estimator}_{reward}_{Path(config.prompts).stem}"
     folder, i = Path(config.out, base), 1
     while folder.exists():
         folder, i = Path(config.out, f"{base}-{i + 1}"), i + 1
@@ -318,7 +320,8 @@ def evaluate(pipe, prompts, reward, config):
 def train(config):
     """DDPO: sample a round, score it, advantages, K updates.  Returns {"folder", "rows", ...}."""
     check(config)
-    prompts, reward = get_prompts(config.prompts), rewards.get_reward(config.reward)
+    prompts = get_prompts(config.prompts)
+    reward = rewards.get_reward(config.reward, config, config.device)
     pipe = mdp.load_pipeline(config.model, config.device)
     generator = torch.Generator().manual_seed(config.seed)  # all randomness of training
     before, pictures_before, shown = evaluate(pipe, prompts, reward, config)

@@ -2,27 +2,32 @@
 
     picture  --see-->  objects  --score-->  share of asked-for objects that are there, in [0, 1]
 
-No learning anywhere: colors are compared with the palette, connected pixels of one color are an
-object, and an object, brought to a standard place and size, is compared with the four shapes.
+No learning anywhere: colors are compared with the palette, connected pixels are an object (unless
+they look more like several), and an object, brought to a standard place and size, is compared with
+the four shapes, sharp and blurred. A color that runs counts as what most of the object is.
 """
 
+import re
 from collections import Counter
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ImageFilter
 
 from tiny_sd import shapes
 
 MIN_AREA = 40  # px; the smallest object drawn has 121
 MIN_SHAPE = 0.55  # least overlap with the best of the four shapes for a blob to count as an object
+GOOD_SHAPE = 0.85  # a blob that overlaps this much with a shape is that shape
+MARGIN = 0.08  # share of a blob that another reading must explain more
 PATCH = 24  # px; objects are compared at this standard size
 GRID = ((torch.arange(PATCH) + 0.5) / PATCH * 2 - 1) * 1.15  # in units of sqrt(area)
 
 
-def color_masks(pixels):
-    """Coverage (B,C,H,W) in [0,1] and mask of the pixels of each palette color.
+def find_ink(pixels):
+    """Coverage (B,H,W) in [0,1], and which palette color each pixel is nearest to, int (B,H,W).
 
     An anti-aliased pixel is background + coverage · (color − background): it lies on the line
     from the background to its color, and belongs to the color whose line is nearest.
@@ -35,9 +40,8 @@ def color_masks(pixels):
     coverage = torch.bmm(line, offset) / (line**2).sum(-1, keepdim=True)
     coverage = coverage.clamp(0, 1)
     miss = (offset[:, None] - coverage[:, :, None] * line[..., None]).norm(dim=2)  # (B,C,HW)
-    nearest = F.one_hot(miss.argmin(1), len(palette)).permute(0, 2, 1)
-    mask = (nearest > 0) & (coverage > 0.5)
-    return coverage.view(B, -1, H, W), mask.view(B, -1, H, W)
+    nearest = miss.argmin(1, keepdim=True)
+    return coverage.gather(1, nearest).view(B, H, W), nearest.view(B, H, W)
 
 
 def components(mask):
@@ -55,7 +59,7 @@ def components(mask):
 
 
 def standard_patch(weight):
-    """An object's soft mask (H,W) -> center x, y, size = sqrt(area), patch (PATCH,PATCH)."""
+    """An object's soft mask (H,W) -> center x, y, size = sqrt(area), its (PATCH,PATCH) patch."""
     H, W = weight.shape
     area = weight.sum()
     x = (weight.sum(0) * (torch.arange(W) + 0.5)).sum() / area
@@ -69,46 +73,89 @@ def standard_patch(weight):
 
 @cache
 def templates():
-    """(4, PATCH, PATCH): the four shapes as `standard_patch` sees them when they are drawn."""
+    """(3, 4, PATCH, PATCH): the four shapes as `standard_patch` sees them, sharp and blurred."""
     patches = []
-    for shape in shapes.SHAPES:
-        picture = shapes.draw([shapes.Object("blue", shape, 32, 32, 15)], (240, 240, 240))
-        coverage, _ = color_masks(to_tensor([picture]))
-        blue = list(shapes.COLORS).index("blue")
-        patches.append(standard_patch(coverage[0, blue])[3])
-    return torch.stack(patches)
+    for blur in (0, 1, 2):
+        for shape in shapes.SHAPES:
+            picture = shapes.draw([shapes.Object("blue", shape, 32, 32, 15)], (240, 240, 240))
+            soft, _ = find_ink(to_tensor([picture.filter(ImageFilter.GaussianBlur(blur))]))
+            patches.append(standard_patch(soft[0])[3])
+    return torch.stack(patches).view(3, 4, PATCH, PATCH)
 
 
 def to_tensor(images):
     """PIL pictures -> (B,3,SIZE,SIZE) float in [0,1]; other sizes are resized first."""
     size = (shapes.SIZE, shapes.SIZE)
-    images = [image.convert("RGB") for image in images]
-    images = [image if image.size == size else image.resize(size) for image in images]
+    images = [im.convert("RGB") if im.size == size else im.convert("RGB").resize(size)
+              for im in images]
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2) / 255
+
+
+def pieces_of(mask):
+    """The connected pieces of a mask (H,W) that are large enough for an object: a list of masks."""
+    labels = components(mask[None])[0]
+    numbers, areas = labels.unique(return_counts=True)
+    return [labels == n for n, area in zip(numbers.tolist(), areas.tolist())
+            if n > 0 and area >= MIN_AREA]
+
+
+def pull_apart(mask):
+    """Pieces that a mask falls into when its rim is worn off, grown back: objects that touch."""
+    core = mask
+    for worn in range(1, 5):
+        core = -F.max_pool2d(-core[None].float(), 3, stride=1, padding=1)[0] > 0.5
+        labels = components(core[None])
+        if len(labels.unique()) > 2:  # 0 and at least two pieces; each pixel goes to the nearest
+            for _ in range(2 * worn):
+                grown = F.max_pool2d(labels.float(), 3, stride=1, padding=1).long()
+                labels = torch.where((labels == 0) & mask, grown, labels)
+            return [labels[0] == n for n in labels.unique()[1:] if (labels == n).sum() >= MIN_AREA]
+    return [mask]
+
+
+def cut_across(mask):
+    """The two halves of a mask, cut through its center across its long axis."""
+    yx = mask.nonzero().float()
+    yx = yx - yx.mean(0)
+    axis = torch.linalg.eigh(yx.T @ yx).eigenvectors[:, 1]
+    first = torch.zeros_like(mask)
+    first[mask] = yx @ axis > 0
+    return [piece for half in (first, mask & ~first) for piece in pieces_of(half)]
+
+
+def recognize(piece, soft, color, ink):
+    """One piece of ink as an Object, and how much that explains: area · overlap."""
+    rim = F.max_pool2d(piece[None].float(), 3, stride=1, padding=1)[0] > 0
+    x, y, size, patch = standard_patch(soft * (piece | (rim & ~ink)))
+    overlap = torch.minimum(patch, templates()).sum((2, 3))
+    overlap = overlap / torch.maximum(patch, templates()).sum((2, 3))
+    overlap = overlap.max(0).values  # the blur that fits best
+    name = list(shapes.COLORS)[color[piece].bincount().argmax()]  # most of it; colors may run
+    found = shapes.Object(name, shapes.SHAPES[overlap.argmax()], x, y, size)
+    return (found if overlap.max() >= MIN_SHAPE else None), float(overlap.max() * piece.sum())
 
 
 @torch.no_grad()
 def see(images):
-    """What is in each picture: a list (one entry a picture) of lists of `shapes.Object`."""
-    coverage, mask = color_masks(to_tensor(images))
-    present = (mask.sum((2, 3)) >= MIN_AREA).nonzero()  # (N,2): picture, color
-    coverage, mask = coverage[tuple(present.T)], mask[tuple(present.T)]  # (N,H,W)
-    seen = [[] for _ in images]
-    if not len(present):
-        return seen
-    for (b, c), soft, labels in zip(present.tolist(), coverage, components(mask)):
-        numbers, areas = labels.unique(return_counts=True)
-        for number, area in zip(numbers.tolist(), areas.tolist()):
-            if number == 0 or area < MIN_AREA:
-                continue
-            core = (labels == number).float()
-            edge = F.max_pool2d(core[None], 3, stride=1, padding=1)[0]  # with its soft edge
-            x, y, size, patch = standard_patch(edge * soft)
-            overlap = torch.minimum(patch, templates()).sum((1, 2))
-            overlap = overlap / torch.maximum(patch, templates()).sum((1, 2))
-            if overlap.max() >= MIN_SHAPE:
-                shape = shapes.SHAPES[overlap.argmax()]
-                seen[b].append(shapes.Object(list(shapes.COLORS)[c], shape, x, y, size))
+    """What is in each picture: a list (one entry a picture) of lists of `shapes.Object`.
+
+    A blob of ink is one object, or several of different colors, or several that touch: whichever
+    reading looks most like shapes, and one object unless another reading is clearly better.
+    """
+    seen = []
+    for soft, color in zip(*find_ink(to_tensor(images))):
+        ink, objects = soft > 0.5, []
+        for blob in pieces_of(ink):
+            best = [recognize(blob, soft, color, ink)]
+            if best[0][1] < GOOD_SHAPE * blob.sum():
+                by_color = [p for c in color[blob].unique() for p in pieces_of(blob & (color == c))]
+                for pieces in (by_color, pull_apart(blob), cut_across(blob),
+                               [q for p in by_color for q in pull_apart(p)]):
+                    reading = [recognize(piece, soft, color, ink) for piece in pieces]
+                    gain = sum(e for _, e in reading) - sum(e for _, e in best)
+                    best = reading if gain > MARGIN * blob.sum() else best
+            objects += [found for found, _ in best if found]
+        seen.append(sorted(objects, key=lambda o: o.x))  # left to right
     return seen
 
 
@@ -139,9 +186,47 @@ def score(objects, request):
 
 
 def describe(objects):
-    """What was seen, in the world's own words: 'two red circles and a blue star'."""
+    """What was seen, in the world's own words: 'two red circles and a blue star'.
+
+    Where a lone object is goes without asking, as in the captions.
+    """
+    place = place_of(objects[0]) if len(objects) == 1 else None
     counts = Counter((o.color, o.shape) for o in objects)
-    several = [(c, s, n) for (c, s), n in counts.items() if n > len(shapes.NUMBERS)]
-    groups = [shapes.Group(n, c, s) for (c, s), n in counts.items() if n <= len(shapes.NUMBERS)]
-    phrases = [shapes.caption((g,)) for g in groups] + [f"many {c} {s}s" for c, s, _ in several]
+    phrases = [f"many {c} {s}s" if n > len(shapes.NUMBERS)
+               else shapes.caption((shapes.Group(n, c, s, place),))
+               for (c, s), n in counts.items()]
     return " and ".join(phrases) or "nothing"
+
+
+def answer(objects, question):
+    """The judge as a vision-language model: counts if asked how many, else says what it sees."""
+    how_many = re.match(r"how many (?:(\w+) )??(\w+)s are there", question.lower())
+    if not how_many:
+        return describe(objects)
+    color, shape = how_many.groups()
+    count = sum(o.shape == shape and color in (None, o.color) for o in objects)
+    return ("none", *shapes.NUMBERS)[count] if count <= len(shapes.NUMBERS) else "many"
+
+
+def questions(prompt):
+    """Questions about a picture of the prompt, and what right answers contain (as in DDPO)."""
+    pairs = []
+    for g in shapes.parse(prompt):
+        name = " ".join([g.color] * bool(g.color) + [g.shape])
+        pairs.append((f"How many {name}s are there in this image?", shapes.NUMBERS[g.count - 1]))
+        pairs.append(("What is in this image?", f"{name} on the {g.place}" if g.place else name))
+    return pairs
+
+
+def exam(family, n, seed=0):
+    """n drawn pictures of a family's prompts, and what they show."""
+    rng = np.random.default_rng(seed)
+    prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
+    requests = [shapes.parse(prompts[i]) for i in rng.integers(len(prompts), size=n)]
+    images = [shapes.draw(shapes.layout(r, rng), shapes.random_background(rng)) for r in requests]
+    return images, requests
+
+
+def right(images, requests):
+    """Share of pictures that score 1."""
+    return sum(score(seen, r) == 1 for seen, r in zip(see(images), requests)) / len(images)
