@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiny_sd import pretrain, shapes
@@ -36,6 +37,12 @@ def test_it_is_small_and_holds_no_pickle():
     files = [f for f in FOLDER.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert sum(f.stat().st_size for f in files) < 12e6
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".py", ".png"}
+
+
+def test_text_encoder_has_the_published_key_names():
+    """Without the prefix, transformers 5.0 finds no weights and silently makes up random ones."""
+    keys = load_file(FOLDER / "text_encoder" / "model.safetensors").keys()
+    assert all(key.startswith("text_model.") for key in keys)
 
 
 def test_vocabulary_is_the_worlds_words_and_no_more(pipe):

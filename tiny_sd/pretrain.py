@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -258,6 +259,11 @@ def save_pipeline(folder, vae, unet, text_encoder):
         requires_safety_checker=False)
     pipe.save_pretrained(folder)
     vae.float(), unet.float()
+    # Stable Diffusion's files have this prefix. Newer transformers write none but read both; older
+    # ones would not find the weights, and go on with random ones.
+    file = Path(folder, "text_encoder", "model.safetensors")
+    weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def load_pipeline(folder, device):
