@@ -37,7 +37,8 @@ tiny_sd/pretrain_rewards.py. Sizes are read off the weights; no line here asks w
 
 DEPARTURES. DDPO's client sends LLaVA its pictures as JPEG of quality 80 and talks to a server; here
 the picture itself goes to a model in this process. The twin's vision-language model is the exact
-judge, which *says* what it sees, and tiny_sd's own text encoder stands in for BERT.
+judge, which *says* what it sees, and tiny_sd's own text encoder stands in for BERT; that knows no
+"The image contains", so the twin's reference is the bare prompt.
 
 EXERCISES. (1) Write a reward that pays for blue, in a file of your own: --rewards my.py:blue. (2)
 Which pictures does compressibility like best, and what would a model do that is paid for nothing
