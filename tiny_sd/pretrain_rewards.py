@@ -13,7 +13,7 @@ The preference labels come from the exact judge, and one in six is wrong. There 
 purpose: the twin of ImageReward is to be a good guess at what we mean on ordinary pictures, and no
 better than a guess elsewhere, so that optimizing it too far can be seen to fail.
 
-About 20 minutes on one CPU core, after tiny_sd/pretrain.py. Prints what each has learned.
+About 12 minutes on one CPU core, after tiny_sd/pretrain.py. Prints what each has learned.
 """
 
 import argparse
@@ -387,7 +387,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=20000, help="to train on (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=1000)
     parser.add_argument("--vit-steps", type=int, default=700)
-    parser.add_argument("--blip-steps", type=int, default=250)
+    parser.add_argument("--blip-steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=2000, help="half of them generated")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the preference pairs")
     parser.add_argument("--seed", type=int, default=0)
