@@ -550,6 +550,14 @@ def test_vlm_strict_is_the_share_of_right_answers(tmp_path):
 # ---- by name, summed, from a file -----------------------------------------------------------
 
 
+def test_vlm_strict_wants_whole_words(monkeypatch):
+    for said, share in (("one red circle", 1), ("none", 0), ("one red circlet", 0.5), ("One RED circles", 1)):
+        monkeypatch.setattr(rewards.judge, "answer", lambda objects, question: said)
+        blank = Image.new("RGB", (64, 64), (240, 240, 240))
+        reward = rewards.get_reward("vlm_strict", device="cpu")
+        assert rewards.score(reward, [blank], ["a red circle"]).tolist() == [share]
+
+
 def test_weighted_sum_by_hand():
     images = [picture(("circle", "red", 20, 30, 8)), picture()]
     prompts = ["a red circle"] * 2
