@@ -55,8 +55,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-import reward_models as nets  # networks and their published weights
 from tiny_sd import judge
+from tiny_sd import reward_models as nets  # networks, and how published weights get into them
 
 mdp = import_module("01_mdp")  # load_pipeline, rollout, decode, parse_config, run_main, HERE
 
@@ -178,19 +178,11 @@ def bertscore_recall(reference, candidate, counts=None):
     return (w * best).sum() / w.sum()
 
 
-class Judge:
-    """(pictures, questions) -> answers of the rule-based judge, for the shape world."""
-    reference = "{}"  # the tiny text encoder knows no other words than a prompt's
-
-    def __call__(self, images, questions):
-        return [judge.answer(seen, asked) for seen, asked in zip(judge.see(images), questions)]
-
-
 class VlmAlignment:
     """r = bertscore_recall(reference "The image contains {prompt}", candidate: the answer)."""
 
     def __init__(self, models, device):
-        self.ask = Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
+        self.ask = nets.Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
         self.encode = nets.TokenEncoder(models.bert, models.bert_layer, device)
 
     def __call__(self, images, prompts):
@@ -205,7 +197,7 @@ class VlmStrict:
     """r = share of the prompt's questions whose answer holds the right word (DDPO's counting)."""
 
     def __init__(self, models, device):
-        self.ask = Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
+        self.ask = nets.Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
         self.questions = nets.read_questions(models.vlm_questions)
 
     def __call__(self, images, prompts):
@@ -213,8 +205,9 @@ class VlmStrict:
         said = iter(self.ask([image for image, pairs in zip(images, known) for _ in pairs],
                              [question for pairs in known for question, _ in pairs]))
         # Whole words, also in the plural: "none" is not "one".
-        return [sum(bool(re.search(rf"\b{re.escape(right)}s?\b", next(said), re.IGNORECASE))
-                    for _, right in pairs) / len(pairs) for pairs in known]
+        holds = lambda answer, right: bool(  # noqa: E731
+            re.search(rf"(?<!\w){re.escape(right)}s?(?!\w)", answer, re.IGNORECASE))
+        return [sum(holds(next(said), right) for _, right in pairs) / len(pairs) for pairs in known]
 
 
 # ---- by name --------------------------------------------------------------------------------
@@ -229,7 +222,7 @@ def get_reward(spec, models=Models(), device=None):
 
     Models are loaded here, once, onto the device; ValueError for whatever is unknown or not there.
     """
-    if "=" in spec:
+    if "=" in spec.rpartition(":")[2]:  # and not in the path of a file
         return weighted_sum(spec, models, device)
     if ".py:" in spec:
         return reward_from_file(spec)
@@ -273,6 +266,8 @@ def reward_from_file(spec):
         module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
+        if not callable(getattr(module, name)):
+            raise TypeError(f"{name} is not a function")
         return getattr(module, name)
     except Exception as error:  # whatever the reader's own file raises
         raise ValueError(f"--reward {spec}: {type(error).__name__}: {error}") from error
@@ -285,8 +280,11 @@ def score(reward, images, prompts, folder="runs"):
     The picture that got no finite number is saved in the folder.
     """
     name = getattr(reward, "__name__", str(reward))
-    # One by one: whole numbers become floats here, and stay so in every later average.
-    values = torch.tensor([float(value) for value in reward(images, prompts)], dtype=torch.float64)
+    values = reward(images, prompts)
+    try:  # one by one: whole numbers become floats here, and stay so in every later average
+        values = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--reward {name}: not a number for each picture ({error})") from error
     if len(values) != len(images):
         raise ValueError(f"--reward {name}: {len(values)} numbers for {len(images)} pictures, "
                          f"the first of {prompts[0]!r}")
@@ -356,9 +354,10 @@ def main(argv=None):
     prompts = [prompt for prompt in config.prompts for _ in range(config.samples)]
     images = mdp.rollout(pipe, prompts, config.num_steps, guidance_scale=config.guidance_scale,
                          seed=config.seed, batch_size=16).images
-    scores = {reward.__name__: score(reward, images, prompts, out.parent) for reward in rewards}
+    scores = {spec: score(reward, images, prompts, out.parent)
+              for spec, reward in zip(specs, rewards)}
 
-    head = "".join(f"{name[:12]:>13}" for name in scores)
+    head = "".join(f"{name[-12:] if ':' in name else name[:12]:>13}" for name in scores)
     print(f"{'mean of ' + str(config.samples):32}" + head)
     for i, prompt in enumerate(config.prompts):
         rows = slice(i * config.samples, (i + 1) * config.samples)

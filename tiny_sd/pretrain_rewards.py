@@ -31,8 +31,8 @@ from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import reward_models as nets  # noqa: E402
 from tiny_sd import judge, pretrain, shapes  # noqa: E402
+from tiny_sd import reward_models as nets  # noqa: E402
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 PATCH = 8  # px, of the image encoders

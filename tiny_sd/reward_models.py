@@ -18,7 +18,7 @@ from torch import nn
 
 from tiny_sd import judge
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the scripts' folder
 PIXEL_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
@@ -26,7 +26,7 @@ PIXEL_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0
 
 
 def find(name):
-    """The file or folder of that name here or beside this script, else None (it is the hub's)."""
+    """The file or folder of that name here or beside the scripts, else None (it is the hub's)."""
     return next((path for path in (Path(name), HERE / name) if path.exists()), None)
 
 
@@ -63,9 +63,9 @@ def load_exactly(model, weights, where):
 
 def from_hub(kind, name, flag, source, **how):
     """kind.from_pretrained(folder or hub name); ValueError that names flag and source."""
-    transformers.utils.logging.set_verbosity_error()
-    if find(name):  # but a download of gigabytes should show that it moves
-        transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    logging.set_verbosity_error()  # but a download of gigabytes should show that it moves
+    (logging.disable_progress_bar if find(name) else logging.enable_progress_bar)()
     try:
         return kind.from_pretrained(find(name) or name, **how)
     except Exception as error:  # the loaders raise nearly every type there is
@@ -186,10 +186,10 @@ def load_image_reward(file):
     """ImageReward and its tokenizer: from the file's folder if it is there, else BERT's."""
     flag, source = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
     weights = from_blip_keys(read_weights(file, flag, source))
-    where = f"{flag} {file}: it should be {source}; it"
+    where = f"{flag} {file}: it should be {source}; under transformers' names it"
     try:
         model = ImageRewardModel({key: tuple(value.shape) for key, value in weights.items()})
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where} lacks the key or has the wrong shape at {error}") from error
     model = load_exactly(model, weights, where)
     beside = find(file) and (find(file).parent / "tokenizer_config.json").is_file()
@@ -233,6 +233,14 @@ class TokenEncoder:
                 for h, mask, s in zip(layer, text.attention_mask, special)]
 
 
+class Judge:
+    """(pictures, questions) -> answers of the rule-based judge, for the shape world."""
+    reference = "{}"  # the tiny text encoder knows no other words than a prompt's
+
+    def __call__(self, images, questions):
+        return [judge.answer(seen, asked) for seen, asked in zip(judge.see(images), questions)]
+
+
 class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
     reference = "The image contains {}"  # DDPO's
@@ -262,9 +270,15 @@ def read_questions(file):
     if file is None:
         return judge.questions
     try:
-        known = json.loads(Path(file).read_text(encoding="utf-8"))
+        known = json.loads(Path(find(file) or file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--vlm-questions {file}: {error}") from error
+    right = isinstance(known, dict) and all(
+        isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 and
+                                        all(isinstance(word, str) for word in pair)
+                                        for pair in pairs) for pairs in known.values())
+    if not right:
+        raise ValueError(f"--vlm-questions {file}: it must read {{prompt: [[question, answer]]}}")
 
     def questions(prompt):
         if not known.get(prompt):
