@@ -266,6 +266,7 @@ def step_log_prob(pipe, x_t, x_prev, t, prompt_embeds, negative_embeds, guidance
 class Trajectory:
     """B chains: s_k = (c, timesteps[k], latents[:, k]),  a_k = latents[:, k + 1]."""
     latents: torch.Tensor  # (B,T+1,C,H,W) float32; [:, 0] is x_T and [:, -1] is x_0
+    means: torch.Tensor  # (B,T,C,H,W), μ_θ at s_k; chapter 4 compares them with another model's
     log_probs: torch.Tensor  # (B,T), of a_k given s_k
     timesteps: torch.Tensor  # (T,), falling, on the CPU
     prompt_embeds: torch.Tensor  # (B,L,D)
@@ -306,6 +307,7 @@ def rollout(pipe, prompts, num_steps=10, eta=1.0, guidance_scale=1.0, seed=None,
     prompt_embeds = encode_prompts(pipe, prompts)
     negative_embeds = encode_prompts(pipe, [""]) if guidance_scale != 1 else None
     latents = torch.empty(B, *shape, device=pipe.device)
+    means = torch.empty_like(latents[:, 1:])
     log_probs = torch.empty(B, len(timesteps), device=pipe.device)
     batches = [slice(i, min(i + batch_size, B)) for i in range(0, B, batch_size)]
     steps = [(rows, k) for rows in batches for k in range(len(timesteps))]
@@ -316,10 +318,11 @@ def rollout(pipe, prompts, num_steps=10, eta=1.0, guidance_scale=1.0, seed=None,
             latents[rows, 0] = noise[:, 0]
         mean, std = policy(pipe, latents[rows, k], timesteps[k], prompt_embeds[rows],
                            negative_embeds, guidance_scale, eta)
+        means[rows, k] = mean
         latents[rows, k + 1] = mean + std * noise[:, k + 1]
         log_probs[rows, k] = log_prob(latents[rows, k + 1], mean, std)
-    return Trajectory(latents, log_probs, timesteps, prompt_embeds, negative_embeds, prompts,
-                      decode(pipe, latents[:, -1]))
+    return Trajectory(latents, means, log_probs, timesteps, prompt_embeds, negative_embeds,
+                      prompts, decode(pipe, latents[:, -1]))
 
 
 def parse_config(Config, doc, argv=None):

@@ -219,15 +219,19 @@ def prompt_stream(prompts, generator):
 # ---- the loop -------------------------------------------------------------------------------
 
 
-def check(config):
-    """ValueError that names the flag, before any work is done."""
-    least = dict(rounds=1, prompts_per_round=1, samples_per_prompt=1, updates_per_round=1,
-                 batch_size=1, num_steps=1, lora_rank=0, eval_samples=2, learning_rate=0,
-                 weight_decay=0, max_grad_norm=1e-12, clip_range=0, advantage_clip=0)
+def at_least(config, **least):
+    """ValueError that names the first flag whose value is too small, infinite or no number."""
     for field, low in least.items():
         value, flag = getattr(config, field), "--" + field.replace("_", "-")
         if value is not None and not low <= value < math.inf:
             raise ValueError(f"{flag} must be at least {low}, not {value}")
+
+
+def check(config):
+    """ValueError that names the flag, before any work is done."""
+    at_least(config, rounds=1, prompts_per_round=1, samples_per_prompt=1, updates_per_round=1,
+             batch_size=1, num_steps=1, lora_rank=0, eval_samples=2, learning_rate=0,
+             weight_decay=0, max_grad_norm=1e-12, clip_range=0, advantage_clip=0)
     if not 0 < config.timestep_fraction <= 1:
         raise ValueError(f"--timestep-fraction must lie in (0, 1], not {config.timestep_fraction}")
     if config.clip_range >= 1:
@@ -243,10 +247,10 @@ def check(config):
         raise ValueError(f"--updates-per-round: at most {pairs}, the samples of a round")
 
 
-def run_folder(config):
+def run_folder(config, method):
     """A new folder runs/<name>/ with config.json; never one that is there already."""
-    reward = re.sub(r"[^\w=.,-]+", "_", config.reward)  # a file's path has slashes
-    base = config.name or f"ddpo_{config.estimator}_{reward}_{Path(config.prompts).stem}"
+    base = f"{method}_{config.reward}_{Path(config.prompts).stem}"
+    base = config.name or re.sub(r"[^\w=.,-]+", "_", base)  # a file's path has slashes
     folder, i = Path(config.out, base), 1
     while folder.exists():
         folder, i = Path(config.out, f"{base}-{i + 1}"), i + 1
@@ -255,15 +259,17 @@ def run_folder(config):
     return folder
 
 
-def trainable(pipe, lora_rank, seed):
-    """The parameters to train: all of the UNet's, or LoRA's on the attention projections."""
+def trainable(pipe, lora_rank, seed, targets=("to_q", "to_k", "to_v", "to_out.0")):
+    """The parameters to train: all of the UNet's, or LoRA's on its attention projections."""
     pipe.unet.requires_grad_(lora_rank == 0)
     if lora_rank:
-        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank,
-                          target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(targets))
         with torch.random.fork_rng():  # peft draws its first weights from the global generator
             torch.manual_seed(seed)
-            pipe.unet.add_adapter(lora)
+            try:
+                pipe.unet.add_adapter(lora)
+            except ValueError as error:
+                raise ValueError(f"--lora-targets: {error}") from error
     return [p for p in pipe.unet.parameters() if p.requires_grad]
 
 
@@ -327,7 +333,7 @@ def train(config):
     pipe = mdp.load_pipeline(config.model, config.device)
     generator = torch.Generator().manual_seed(config.seed)  # all randomness of training
     before, pictures_before, shown = evaluate(pipe, prompts, reward, config)
-    folder = run_folder(config)
+    folder = run_folder(config, f"ddpo_{config.estimator}")
     params = trainable(pipe, config.lora_rank, config.seed)
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     K = config.updates_per_round or {"sf": 1, "is": 2}[config.estimator]
@@ -368,7 +374,9 @@ def train(config):
         rows.append(dict(round=round_number + 1, queries=queries, reward=r.mean().item(),
                          reward_se=(r.std() / len(r) ** 0.5).item(), **last,
                          **dict(zip(("sample_s", "reward_s", "update_s"), seconds))))
-        log(folder, rows, bar)
+        log(folder, rows[-1], bar, "round {round:3}  reward {reward:7.3f} ± {reward_se:.3f}  "
+            "clipped {clip_fraction:4.0%}  KL {kl:7.4f}  |g| {grad_norm:8.3g}  "
+            "sample {sample_s:.1f} s  reward {reward_s:.1f} s  update {update_s:.1f} s")
 
     after, pictures_after, _ = evaluate(pipe, prompts, reward, config)
     result = dict(folder=str(folder), rows=rows, before=before, after=after, queries=queries)
@@ -376,18 +384,14 @@ def train(config):
     return result
 
 
-def log(folder, rows, bar):
-    """One line on the screen, one in metrics.csv, and the reward curve drawn anew."""
-    row = rows[-1]
+def log(folder, row, bar, line):
+    """One line on the screen, one in metrics.csv, whose first line names the columns."""
     with open(Path(folder, "metrics.csv"), "a", newline="") as file:
         writer = csv.DictWriter(file, row)
-        if len(rows) == 1:
+        if row["round"] == 1:
             writer.writeheader()
         writer.writerow(row)
-    bar.write(
-        "round {round:3}  reward {reward:7.3f} ± {reward_se:.3f}  clipped {clip_fraction:4.0%}  "
-        "KL {kl:7.4f}  |g| {grad_norm:8.3g}  sample {sample_s:.1f} s  reward {reward_s:.1f} s  "
-        "update {update_s:.1f} s".format(**row))
+    bar.write(line.format(**row))
 
 
 def save_curve(path, rows, before, after, reward):
@@ -414,7 +418,12 @@ def save(folder, pipe, config, result, pictures_before, pictures_after, prompts)
     names = [f"{prompts[i]}\n{before[i]:.2f} → {after[i]:.2f}" for i in show]
     mdp.save_grid(Path(folder, "before_after.png"), grid, ["before", "after"], names)
     save_curve(Path(folder, "reward.png"), result["rows"], before, after, config.reward)
-    if config.lora_rank:
+    save_model(pipe, folder, config.lora_rank)
+
+
+def save_model(pipe, folder, lora_rank):
+    """The tuned model in diffusers format, its adapters merged into its weights."""
+    if lora_rank:
         pipe.unet.fuse_lora()
         pipe.unet.unload_lora()
     pipe.save_pretrained(Path(folder, "model"))

@@ -69,14 +69,16 @@ def sample(pipe, B, generator):
     reward = -((x - GOAL) ** 2).sum((1, 2, 3))
     return SimpleNamespace(
         latents=torch.stack(latents, 1), log_probs=torch.stack(log_probs, 1), reward=reward,
-        timesteps=pipe.scheduler.timesteps, prompt_embeds=torch.zeros(B, 1, 1), negative_embeds=None)
+        timesteps=pipe.scheduler.timesteps, prompt_embeds=torch.zeros(B, 1, 1),
+        negative_embeds=None)
 
 
 def all_log_probs(pipe, run):
     """(B,T) log-probs of a run under the pipe's present weights, with gradient."""
     B = len(run.latents)
     return torch.stack([
-        mdp.step_log_prob(pipe, run.latents[:, k], run.latents[:, k + 1], t, torch.zeros(B, 1, 1), None, 1.0, 1.0)
+        mdp.step_log_prob(pipe, run.latents[:, k], run.latents[:, k + 1], t, torch.zeros(B, 1, 1),
+                          None, 1.0, 1.0)
         for k, t in enumerate(run.timesteps)], 1)
 
 
@@ -130,7 +132,8 @@ def test_is_is_sf_at_the_old_policy_in_slope_and_in_gradient():
     sf = ddpo.ddpo_sf_objective(log_prob, A)
     ratio = ddpo.ddpo_is_objective(log_prob, log_prob.detach(), A, 0.2)
     assert ratio.item() == pytest.approx(T * A.mean().item(), rel=1e-12)  # every ratio is 1
-    assert gradient(ratio, pipe.unet.theta) == pytest.approx(gradient(sf, pipe.unet.theta), rel=1e-10)
+    assert gradient(ratio, pipe.unet.theta) == pytest.approx(gradient(sf, pipe.unet.theta),
+                                                             rel=1e-10)
     moved = all_log_probs(linear_pipe(1e-6), run)
     rise = [J(moved) - J(log_prob.detach()) for J in (
         lambda lp: ddpo.ddpo_sf_objective(lp, A).item(),
@@ -262,7 +265,8 @@ def test_running_advantage_by_hand():
 def test_draw_pairs_covers_every_pair_once():
     parts = ddpo.draw_pairs(5, 7, 1.0, 3, torch.Generator().manual_seed(0))
     assert len(parts) == 3
-    assert sorted(map(tuple, torch.cat(parts).tolist())) == [(i, k) for i in range(5) for k in range(7)]
+    assert sorted(map(tuple,
+                      torch.cat(parts).tolist())) == [(i, k) for i in range(5) for k in range(7)]
     some = torch.cat(ddpo.draw_pairs(5, 10, 0.3, 1, torch.Generator().manual_seed(0)))
     assert len(set(map(tuple, some.tolist()))) == 15
     assert some[:, 0].bincount().tolist() == [3] * 5
@@ -286,7 +290,8 @@ def test_update_clips_the_gradient_norm():
     run = sample(pipe, 9, torch.Generator().manual_seed(0))
     pairs, = ddpo.draw_pairs(9, T, 1.0, 1, torch.Generator().manual_seed(0))
     config, params = ddpo.Config(max_grad_norm=0.01), [pipe.unet.theta]
-    said = ddpo.update(pipe, torch.optim.SGD(params, lr=1.0), params, run, A, pairs, torch.ones(T), config)
+    said = ddpo.update(pipe, torch.optim.SGD(params, lr=1.0), params, run, A, pairs, torch.ones(T),
+                       config)
     assert abs(pipe.unet.theta.item()) == pytest.approx(0.01, rel=1e-3) and said["grad_norm"] > 0.01
 
 
@@ -335,7 +340,8 @@ def test_a_second_update_weighs_by_the_policy_that_sampled():
 
 def test_learning_on_the_tiny_model(tmp_path):
     """Six rounds on "four stars", which the pretrained model mostly takes for a yellow circle."""
-    config = ddpo.Config(prompts="bias", rounds=6, prompts_per_round=1, samples_per_prompt=48, num_steps=8,
+    config = ddpo.Config(prompts="bias", rounds=6, prompts_per_round=1, samples_per_prompt=48,
+                         num_steps=8,
                          eval_samples=48, seed=0, device="cpu", out=str(tmp_path))
     result = ddpo.train(config)
     gain = result["after"] - result["before"]
