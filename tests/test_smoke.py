@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 mdp, ddpo = import_module("01_mdp"), import_module("03_ddpo")
-TINY = ["--rounds", "2", "--prompts-per-round", "2", "--samples-per-prompt", "3", "--num-steps", "3",
+TINY = ["--rounds", "2", "--prompts-per-round", "2", "--samples-per-prompt", "3", "--num-steps",
+        "3",
         "--eval-samples", "4", "--device", "cpu"]
 
 
@@ -24,13 +25,16 @@ def test_rewards_from_another_directory(tmp_path):
     done = run("02_rewards.py", "--samples", "2", "--num-steps", "3", "--show", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/02_rewards/best_worst.png").stat().st_size > 5000
-    assert all(name in done.stdout for name in ("compressibility", "incompressibility", "alignment"))
+    assert all(name in done.stdout for name in ("compressibility", "incompressibility",
+                                                "alignment"))
 
 
 @pytest.mark.parametrize("flags", [
     ("--estimator", "sf", "--step-weight", "none"),
-    ("--estimator", "is", "--reward", "compressibility", "--baseline", "running", "--ratio", "per_dim",
-     "--clip-range", "1e-4", "--guidance-scale", "3", "--lora-rank", "2", "--timestep-fraction", "0.5"),
+    ("--estimator", "is", "--reward", "compressibility", "--baseline", "running", "--ratio",
+     "per_dim",
+     "--clip-range", "1e-4", "--guidance-scale", "3", "--lora-rank", "2", "--timestep-fraction",
+     "0.5"),
 ])
 def test_ddpo_from_another_directory(flags, tmp_path):
     done = run("03_ddpo.py", *TINY, *flags, cwd=tmp_path)
@@ -46,7 +50,8 @@ def test_ddpo_from_another_directory(flags, tmp_path):
 
 
 def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
-    config = ddpo.Config(rounds=2, prompts_per_round=2, samples_per_prompt=3, num_steps=3, eval_samples=4,
+    config = ddpo.Config(rounds=2, prompts_per_round=2, samples_per_prompt=3, num_steps=3,
+                         eval_samples=4,
                          device="cpu", out=str(tmp_path), reward="compressibility", seed=0)
     first, second = ddpo.train(config), ddpo.train(config)
     assert first["folder"] != second["folder"]  # an earlier run is never overwritten
@@ -54,7 +59,8 @@ def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
     assert first["after"].tolist() == second["after"].tolist() != first["before"].tolist()
     saved = ddpo.Config(**{**config.__dict__, "model": first["folder"] + "/model"})
     pipe = mdp.load_pipeline(saved.model, device="cpu")
-    again = ddpo.evaluate(pipe, ddpo.get_prompts(saved.prompts), ddpo.rewards.compressibility, saved)[0]
+    again = ddpo.evaluate(pipe, ddpo.get_prompts(saved.prompts), ddpo.rewards.compressibility,
+                          saved)[0]
     assert again.tolist() == first["after"].tolist()
 
 
@@ -101,13 +107,15 @@ def test_bad_input_is_one_line_naming_the_flag(flags, named, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("values, named", [([float("nan")] * 4, "nan"), ([1.0], "1 numbers for 4")])
-def test_a_broken_reward_stops_the_run_before_it_starts(values, named, tmp_path, monkeypatch, capsys):
+def test_a_broken_reward_stops_the_run_before_it_starts(values, named, tmp_path, monkeypatch,
+                                                        capsys):
     def broken(images, prompts):
         return values
 
     monkeypatch.setitem(ddpo.rewards.REWARDS, "broken", broken)
     with pytest.raises(SystemExit) as exit:
-        mdp.run_main(lambda: ddpo.main([*TINY, "--reward", "broken", "--out", str(tmp_path / "runs")]))
+        mdp.run_main(lambda: ddpo.main([*TINY, "--reward", "broken", "--out",
+                                        str(tmp_path / "runs")]))
     said = capsys.readouterr().err
     assert exit.value.code == 2 and "--reward broken" in said and named in said
     left = [file.name for file in (tmp_path / "runs").glob("*")]
