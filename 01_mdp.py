@@ -34,7 +34,6 @@ import inspect
 import math
 import re
 import sys
-import textwrap
 import typing
 import warnings
 from dataclasses import dataclass, fields
@@ -43,8 +42,9 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from matplotlib.figure import Figure
 from tqdm import tqdm
+
+from tiny_sd import figures
 
 HERE = Path(__file__).resolve().parent
 
@@ -361,22 +361,6 @@ def run_main(main):
         sys.exit(2)
 
 
-def save_grid(path, rows, row_names, column_names):
-    """A sheet of pictures. rows: list of lists of PIL pictures, all equally long."""
-    R, C = len(rows), len(rows[0])
-    figure = Figure(figsize=(1.1 * C + 1.2, 1.1 * R + 0.4), dpi=120, layout="compressed")
-    for i, ax in enumerate(figure.subplots(R, C, squeeze=False).flat):
-        ax.imshow(rows[i // C][i % C])
-        ax.set(xticks=[], yticks=[])
-        if i < C:
-            lines = [textwrap.fill(line, 18) for line in column_names[i].splitlines()]
-            ax.set_title("\n".join(lines), size=7)
-        if i % C == 0:
-            label = textwrap.fill(row_names[i // C], 18)
-            ax.set_ylabel(label, rotation=0, ha="right", va="center", size=8)
-    figure.savefig(path)
-
-
 @torch.no_grad()
 def main(argv=None):
     config = parse_config(Config, __doc__, argv)
@@ -410,7 +394,7 @@ def main(argv=None):
     print(f"Scored in a batch of its own, a log-prob moves by {max(map(abs, alone)):.1e} at most.")
     shown = sorted({round(k) for k in torch.linspace(0, len(beliefs) - 1, 10).tolist()})
     rows = list(zip(*(beliefs[k] for k in shown), run.images))
-    save_grid(out, rows, run.prompts, [f"t = {run.timesteps[k]}" for k in shown] + ["$x_0$"])
+    figures.sheet(out, rows, run.prompts, [f"t = {run.timesteps[k]}" for k in shown] + ["$x_0$"])
     print(f"What the model believes x_0 to be, as t falls: {out}")
 
 

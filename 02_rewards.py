@@ -47,15 +47,13 @@ else? (3) Find a picture that the judge calls right and image_reward dislikes.
 import importlib.util
 import io
 import re
-import textwrap
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
-from tiny_sd import judge
+from tiny_sd import figures, judge
 from tiny_sd import reward_models as nets  # networks, and how published weights get into them
 
 mdp = import_module("01_mdp")  # load_pipeline, rollout, decode, parse_config, run_main, HERE
@@ -310,34 +308,6 @@ def spearman(a, b):
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]
 
 
-def save_ranking(path, images, prompts, scores, show):
-    """A sheet with one row a reward: evenly spaced pictures of its ranking, best to worst."""
-    show = min(show, len(images))
-    figure = Figure(figsize=(1.25 * show + 1, 1.8 * len(scores)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(scores), show, squeeze=False)
-    for row, (name, values) in zip(axes, scores.items()):
-        order = values.argsort(descending=True, stable=True)
-        shown = order[torch.linspace(0, len(order) - 1, show).round().long()]
-        for ax, i in zip(row, shown.tolist()):
-            ax.imshow(images[i])
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{values[i]:.2f}", size=9)
-            ax.set_xlabel(textwrap.fill(prompts[i], 18), size=6)
-        row[0].set_ylabel(textwrap.fill(name, 18), size=8)
-    figure.savefig(path)
-
-
-def print_judge_table(pipe, n=100):
-    """Share of drawn pictures that the judge reads rightly, as drawn and after the VAE."""
-    print(f"\n{'the judge is right on':26}{'as drawn':>12}{'after the VAE':>15}")
-    for family in judge.shapes.FAMILIES:
-        images, requests = judge.exam(family, n)
-        pixels = judge.to_tensor(images).to(pipe.device, pipe.vae.dtype) * 2 - 1
-        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-        shares = [judge.right(seen, requests) for seen in (images, mdp.decode(pipe, latents))]
-        print(f"{family:26}{shares[0]:12.1%}{shares[1]:15.1%}")
-
-
 @torch.no_grad()
 def main(argv=None):
     config = mdp.parse_config(Config, __doc__, argv)
@@ -365,9 +335,9 @@ def main(argv=None):
     print(f"\n{'rank correlation':32}" + head)
     for name, a in scores.items():
         print(f"{name[:31]:32}" + "".join(f"{spearman(a, b):13.2f}" for b in scores.values()))
-    save_ranking(out, images, prompts, scores, config.show)
+    figures.ranking(out, images, prompts, scores, config.show)
     if "alignment" in scores:
-        print_judge_table(pipe)
+        print(judge.report(pipe.vae))
     print(f"\nPictures sorted by each reward, best to worst: {out}")
 
 

@@ -53,11 +53,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig
 from tqdm import tqdm
 
-from tiny_sd import shapes
+from tiny_sd import figures, shapes
 
 mdp = import_module("01_mdp")  # load_pipeline, rollout, step_log_prob, noise_weight, ...
 rewards = import_module("02_rewards")  # Models, get_reward, score
@@ -371,8 +370,8 @@ def train(config):
         clock.append(time.perf_counter())
 
         seconds = [b - a for a, b in zip(clock, clock[1:])]
-        rows.append(dict(round=round_number + 1, queries=queries, reward=r.mean().item(),
-                         reward_se=(r.std() / len(r) ** 0.5).item(), **last,
+        rows.append(dict(round=round_number + 1, queries=queries,
+                         **dict(zip(("reward", "reward_se"), mean_se(r))), **last,
                          **dict(zip(("sample_s", "reward_s", "update_s"), seconds))))
         log(folder, rows[-1], bar, "round {round:3}  reward {reward:7.3f} ± {reward_se:.3f}  "
             "clipped {clip_fraction:4.0%}  KL {kl:7.4f}  |g| {grad_norm:8.3g}  "
@@ -380,8 +379,15 @@ def train(config):
 
     after, pictures_after, _ = evaluate(pipe, prompts, reward, config)
     result = dict(folder=str(folder), rows=rows, before=before, after=after, queries=queries)
-    save(folder, pipe, config, result, pictures_before, pictures_after, shown)
+    save(folder, pipe, config, result, (pictures_before, pictures_after), shown)
     return result
+
+
+def mean_se(values):
+    """x̄, s/√N of N numbers; NaN for the error of a single one."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else values.sum() * math.nan
+    return values.mean().item(), error.item()
 
 
 def log(folder, row, bar, line):
@@ -394,30 +400,12 @@ def log(folder, row, bar, line):
     bar.write(line.format(**row))
 
 
-def save_curve(path, rows, before, after, reward):
-    """Reward against reward queries: training rounds, and the two evaluations on fresh seeds."""
-    x, y, e = ([row[key] for row in rows] for key in ("queries", "reward", "reward_se"))
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    ax = figure.subplots()
-    ax.errorbar(x, y, e, fmt=".-", lw=1, elinewidth=0.5, label="training rounds, mean ± s.e.")
-    ends = [v.mean() for v in (before, after)], [v.std() / len(v) ** 0.5 for v in (before, after)]
-    ax.errorbar([0, x[-1]], *ends, fmt="s", capsize=4, color="black", label="fresh seeds")
-    ax.set(xlabel="reward queries", ylabel=reward)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    figure.savefig(path)
-
-
-def save(folder, pipe, config, result, pictures_before, pictures_after, prompts):
-    """The run's pictures, and the fine-tuned model in diffusers format."""
-    # Evenly spaced in the ranking *before*, so that bad and good pictures get their fair share.
-    before, after, n = result["before"], result["after"], len(prompts)
-    ranks = torch.linspace(0, n - 1, min(10, n)).round().long()
-    show = before.argsort(stable=True)[ranks].tolist()
-    grid = [[pictures[i] for i in show] for pictures in (pictures_before, pictures_after)]
-    names = [f"{prompts[i]}\n{before[i]:.2f} → {after[i]:.2f}" for i in show]
-    mdp.save_grid(Path(folder, "before_after.png"), grid, ["before", "after"], names)
-    save_curve(Path(folder, "reward.png"), result["rows"], before, after, config.reward)
+def save(folder, pipe, config, result, pictures, prompts):
+    """The run's pictures and curve, and the fine-tuned model in diffusers format."""
+    ends = result["before"], result["after"]
+    figures.before_after(folder / "before_after.png", prompts, ends, pictures)
+    figures.curves(folder / "reward.png", result["rows"], {"reward": ends},
+                   {"reward": config.reward})
     save_model(pipe, folder, config.lora_rank)
 
 
@@ -434,13 +422,10 @@ def main(argv=None):
     start = time.perf_counter()
     result = train(config)
     before, after = result["before"], result["after"]
-    gain, n = after - before, len(before)
-    print(f"\n{config.reward} on {n} pictures from fresh seeds, mean ± s.e.: "
-          f"{before.mean():.3f} ± {before.std() / n**0.5:.3f} before, "
-          f"{after.mean():.3f} ± {after.std() / n**0.5:.3f} after")
-    error = (gain.std() / n**0.5).item()
-    print(f"gain {gain.mean():+.3f} ± {error:.3f} (same seeds), {result['queries']} queries, "
-          f"{time.perf_counter() - start:.0f} s")
+    print(f"\n{config.reward} on {len(before)} pictures from fresh seeds, mean ± s.e.: " +
+          "{:.3f} ± {:.3f} before, {:.3f} ± {:.3f} after".format(*mean_se(before), *mean_se(after)))
+    print("gain {:+.3f} ± {:.3f} (same seeds), ".format(*mean_se(after - before))
+          + f"{result['queries']} queries, {time.perf_counter() - start:.0f} s")
     print(f"Pictures, curve, metrics.csv, config.json and the tuned model: {result['folder']}")
 
 

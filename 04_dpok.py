@@ -57,9 +57,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
+
+from tiny_sd import figures
 
 mdp = import_module("01_mdp")  # load_pipeline, rollout, policy, log_prob, kl_divergence, ...
 rewards = import_module("02_rewards")  # Models, get_reward, score
@@ -460,10 +461,10 @@ def train(config):
         r = rewards.score(reward, run.images, asked, folder)
         g = rewards.score(gold, run.images, asked, folder)
         kl = per_step(mdp.kl_divergence, run.means, pre_means, std).sum(1).mean().item()
-        row = dict(round=round_number, queries=round_number * B, reward=r.mean().item(),
-                   reward_se=(r.std() / B**0.5).item(), gold=g.mean().item(),
-                   gold_se=(g.std() / B**0.5).item(), kl=kl, beta=beta, value_loss=0.0,
-                   clip_fraction=0.0)
+        row = dict(round=round_number, queries=round_number * B,
+                   **dict(zip(("reward", "reward_se"), ddpo.mean_se(r))),
+                   **dict(zip(("gold", "gold_se"), ddpo.mean_se(g))),
+                   kl=kl, beta=beta, value_loss=0.0, clip_fraction=0.0)
 
         if config.method == "sft":  # `run` was only looked at: the pretrained model's are learned
             with pretrained(pipe, frozen):
@@ -522,53 +523,31 @@ def train(config):
     return result
 
 
-def save_curves(path, result, config):
-    """Proxy, gold and path KL against reward queries; squares are fresh seeds, before and after."""
-    rows, (before, after) = result["rows"], (result["before"], result["after"])
-    x = [row["queries"] for row in rows]
-    figure = Figure(figsize=(9, 3), dpi=120, layout="constrained")
-    names = dict(reward=config.reward, gold=f"gold: {config.gold}", kl="path KL, nats")
-    for ax, (key, name) in zip(figure.subplots(1, 3), names.items()):
-        errors = None if key == "kl" else [row[key + "_se"] for row in rows]
-        ax.errorbar(x, [row[key] for row in rows], errors, fmt=".-", lw=1, elinewidth=0.5)
-        ends = [(v[key].mean(), v[key].std() / len(v[key]) ** 0.5) for v in (before, after)]
-        ax.errorbar([0, x[-1]], *zip(*ends), fmt="s", capsize=4, color="black")
-        ax.set(xlabel="reward queries", title=name)
-        ax.grid(alpha=0.3)
-    figure.savefig(path)
-
-
 def save(folder, pipe, config, result):
     """The run's pictures, its curves, and the fine-tuned model in diffusers format."""
     before, after = result["before"], result["after"]
-    # Evenly spaced in the ranking *before*, so that bad and good pictures get their fair share.
-    n = len(before["prompts"])
-    ranks = torch.linspace(0, n - 1, min(10, n)).round().long()
-    show = before["reward"].argsort(stable=True)[ranks].tolist()
-    names = [f"{before['prompts'][i]}\n{before['reward'][i]:.2f} → {after['reward'][i]:.2f}"
-             for i in show]
-    grid = [[side["images"][i] for i in show] for side in (before, after)]
-    mdp.save_grid(Path(folder, "before_after.png"), grid, ["before", "after"], names)
+    figures.before_after(folder / "before_after.png", before["prompts"],
+                         (before["reward"], after["reward"]), (before["images"], after["images"]))
     every, last = math.ceil(config.rounds / 5), len(result["rows"])
     queries = [0, *(row["queries"] for row in result["rows"])]
     times = [f"{queries[min(i * every, last)]} queries" for i in range(len(result["film"]))]
-    mdp.save_grid(Path(folder, "film.png"), result["film"], times, before["prompts"][:8])
-    save_curves(Path(folder, "reward.png"), result, config)
+    figures.sheet(folder / "film.png", result["film"], times, before["prompts"][:8])
+    names = dict(reward=config.reward, gold=f"gold: {config.gold}", kl="path KL, nats")
+    figures.curves(folder / "reward.png", result["rows"],
+                   {key: (before[key], after[key]) for key in names}, names)
     ddpo.save_model(pipe, folder, config.lora_rank)
 
 
 def report(result, config):
     """What was gained, at which price in nats, and where on the path that price was paid."""
     before, after = result["before"], result["after"]
-    n = len(after["kl"])
-    print(f"\n{n} pictures from fresh seeds, mean ± s.e.; gain on the same seeds")
+    print(f"\n{len(after['kl'])} pictures from fresh seeds, mean ± s.e.; gain on the same seeds")
     for key, name in dict(reward=config.reward, gold=config.gold).items():
         a, b = before[key], after[key]
         print("{:14} {:7.3f} ± {:.3f} before, {:7.3f} ± {:.3f} after, gain {:+.3f} ± {:.3f}".format(
-            name, a.mean(), a.std() / n**0.5, b.mean(), b.std() / n**0.5,
-            (b - a).mean(), (b - a).std() / n**0.5))
-    kl = after["kl"]
-    print(f"path KL        {kl.mean():7.2f} ± {kl.std() / n**0.5:.2f} nats from the pretrained")
+            name, *ddpo.mean_se(a), *ddpo.mean_se(b), *ddpo.mean_se(b - a)))
+    print("path KL        {:7.2f} ± {:.2f} nats from the pretrained".format(
+        *ddpo.mean_se(after["kl"])))
     print("step t         " + "".join(f"{t:8}" for t in result["timesteps"]))
     print("½(c/σ)²        " + "".join(f"{w:8.2f}" for w in result["kl_weight"])
           + "  nats a unit of ‖ε_θ − ε_pre‖²")
@@ -612,23 +591,14 @@ def lemma(config):
     """Table and plot: the KL of x_0 and its bound, as the data's mean moves from 0; T = 5 to 50."""
     scheduler = mdp.load_pipeline(config.model, "cpu").scheduler
     moves, chains = (0.1, 0.2, 0.4, 0.8, 1.6), (5, 10, 20, 50)
+    sides = {T: [gaussian_chains(scheduler, T, m, 0.5, 0.0, 0.5) for m in moves] for T in chains}
     print("KL(p(x_0) ‖ p_pre(x_0)) ≤ Σ_t E[KL_t] in nats: data N(m, 0.5²), pretrained on m = 0")
     print(f"{'m':>5}" + "".join(f"{f'T = {T}':>22}" for T in chains))
-    figure = Figure(figsize=(5, 4), dpi=120, layout="constrained")
-    ax = figure.subplots()
-    sides = {T: [gaussian_chains(scheduler, T, m, 0.5, 0.0, 0.5) for m in moves] for T in chains}
     for i, m in enumerate(moves):
         print(f"{m:5.1f}" + "".join("{:11.4f} ≤ {:8.4f}".format(*sides[T][i]) for T in chains))
-    for T in chains:
-        ax.loglog(*zip(*sides[T]), ".-", label=f"T = {T}")
-    low, high = sides[chains[0]][0][0], sides[chains[0]][-1][0]
-    ax.loglog([low, high], [low, high], "k:", label="equal")
-    ax.set(xlabel="KL of $x_0$, nats", ylabel="Σ of step KLs, nats")
-    ax.grid(alpha=0.3)
-    ax.legend()
     path = Path(config.out, "lemma.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figures.bounds(path, sides)
     print(f"The bound against the truth: {path}")
 
 
@@ -637,36 +607,25 @@ def lemma(config):
 
 def sweep(config):
     """Trains once for each β: KL, proxy and gold at equal reward queries, as a table and a plot."""
-    out, table = Path(config.out), []
-    names = {beta: f"{config.name or 'sweep'}_beta_{beta:g}" for beta in config.sweep}
-    for beta, name in names.items():  # whatever is wrong shows before the first run
-        check(replace(config, beta=beta, name=name))
-    for beta, name in names.items():
-        result = train(replace(config, beta=beta, name=name))
+    path, rows, first = Path(config.out, "sweep.png"), [], config.name or "sweep"
+    runs = [replace(config, beta=beta, name=f"{first}_beta_{beta:g}") for beta in config.sweep]
+    for run in runs:  # whatever is wrong shows before the first run
+        check(run)
+    for run in runs:
+        result = train(run)
         report(result, config)
-        values = (result["after"][key] for key in ("kl", "reward", "gold"))
-        table.append([beta / config.alpha, *(f(v).item() for v in values for f in (
-            torch.mean, lambda v: v.std() / len(v) ** 0.5))])
+        rows.append((run.beta / config.alpha,
+                     *(ddpo.mean_se(result["after"][key]) for key in ("kl", "reward", "gold"))))
     start = result["before"]
     print(f"\nAt {result['rows'][-1]['queries']} reward queries each; pretrained: {config.reward} "
           f"{start['reward'].mean():.3f}, {config.gold} {start['gold'].mean():.3f}")
     print(f"{'β/α':>8}{'path KL, nats':>18}{config.reward:>20}{config.gold:>20}")
-    for ratio, *v in table:
-        print("{:8.3g}{:10.1f} ± {:5.1f}{:12.3f} ± {:.3f}{:12.3f} ± {:.3f}".format(ratio, *v))
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax, at, name in zip(axes, (3, 5), (config.reward, f"gold: {config.gold}")):
-        ax.errorbar([row[1] for row in table], [row[at] for row in table],
-                    [row[at + 1] for row in table], fmt=".-", lw=1, capsize=3)
-        for row in table:
-            ax.annotate(f"{row[0]:g}", (row[1], row[at]), size=7, xytext=(3, 3),
-                        textcoords="offset points")
-        ax.set(xlabel="path KL, nats (β/α beside the points)", title=name)
-        ax.set_xscale("symlog", linthresh=1)
-        ax.grid(alpha=0.3)
-    figure.savefig(out / "sweep.png")
-    print(f"The plot: {out / 'sweep.png'}; each run: {out}/{config.name or 'sweep'}_beta_*")
-    return table
+    for ratio, kl, *values in rows:
+        print(f"{ratio:8.3g}" + "{:10.1f} ± {:5.1f}".format(*kl)
+              + "".join("{:12.3f} ± {:.3f}".format(*value) for value in values))
+    figures.sweep(path, rows, (config.reward, f"gold: {config.gold}"))
+    print(f"The plot: {path}; each run: {config.out}/{first}_beta_*")
+    return rows
 
 
 def main(argv=None):

@@ -34,7 +34,6 @@ EXERCISES. (1) Which method is best per nat rather than per query? (2) Evaluate 
 run with --runs: what does training on the gold reward itself give? (3) Vote on your own ballot,
 then have somebody else do it: how far do two raters agree?
 """
-import base64
 import csv
 import json
 import math
@@ -46,16 +45,15 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from tiny_sd import ballot, shapes
+from tiny_sd import ballot, figures, shapes
 from tiny_sd import reward_models as nets
 
-mdp = import_module("01_mdp")  # load_pipeline, rollout, kl_divergence, save_grid, ...
+mdp = import_module("01_mdp")  # load_pipeline, rollout, kl_divergence, ...
 rewards = import_module("02_rewards")  # Models, get_reward, score, QUESTION
+ddpo = import_module("03_ddpo")  # at_least, mean_se
 dpok = import_module("04_dpok")  # train, step_means, pretrained, per_step, TASKS
 
 METHODS = {  # what of chapter 4's Config makes each method; all else is the same
@@ -87,21 +85,14 @@ class Config(rewards.Models):
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
     batch_size: int = 64  # pictures a UNet call; memory, not result
     quick: bool = False  # a tour of three minutes: too little training, and figures that say so
-    ballot: bool = False  # write ballot.html, on which people compare DPOK with SFT, and stop
+    ballot: bool = False  # write ballot.html, on which people compare DPOK with SFT or two --runs
     votes: tuple[str, ...] = ()  # JSON files that raters downloaded from ballot.html: count them
     seed: int = 0  # seed of the evaluation's noise and of the first training run
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
-    out: str | None = None  # everything goes here; default: runs/eval, runs/quick with --quick
+    out: str | None = None  # all goes here; default: runs/eval, or quick or eval_runs with the flag
 
 
 # ---- statistics -----------------------------------------------------------------------------
-
-
-def mean_se(values):
-    """x̄, s/√N of N numbers; NaN for the error of a single one."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    error = values.std() / len(values) ** 0.5 if len(values) > 1 else values.sum() * math.nan
-    return values.mean().item(), error.item()
 
 
 def paired_bootstrap(difference, seed=0, draws=10000, level=0.95):
@@ -316,7 +307,7 @@ def summarize(rows, config):
              "diversity": [row["novelty"] for row in seen if not math.isnan(row["novelty"])],
              "distinct": [len({seen[i]["description"] for i in group})
                           for group in by_prompt(seen).values()]}
-    return {name: (*mean_se(values), len(values)) for name, values in table.items() if values}
+    return {name: (*ddpo.mean_se(values), len(values)) for name, values in table.items() if values}
 
 
 def per_picture(rows, metric, split="seen"):
@@ -328,104 +319,24 @@ def per_picture(rows, metric, split="seen"):
     return torch.tensor([sum(v) / len(v) for _, v in sorted(columns.items())], dtype=torch.float64)
 
 
+def difference(by_model, a, b, metric, split="seen"):
+    """Mean of a − b over pictures from the same noise, with its interval; None if there is none."""
+    if not (a in by_model and b in by_model):
+        return None
+    x, y = (per_picture(by_model[name], metric, split) for name in (a, b))
+    if len(x) == 0 or len(x) != len(y) or (x - y).isnan().any():
+        return None
+    mean, low, high = paired_bootstrap(x - y)
+    return dict(metric=metric, split=split, a=a, b=b, mean=mean, low=low, high=high,
+                beyond_chance=low > 0 or high < 0, pairs=len(x))
+
+
 def differences(by_model, config):
-    """A dict for each pair of models and metric: mean difference, its interval, beyond chance."""
-    found, names = [], list(by_model)
-    for i, b in enumerate(names):
-        for a in names[i + 1:]:
-            for metric in (config.reward, config.gold, "novelty"):
-                for split in ("seen", "unseen"):
-                    x, y = (per_picture(by_model[name], metric, split) for name in (a, b))
-                    if len(x) and len(x) == len(y) and not (x - y).isnan().any():
-                        mean, low, high = paired_bootstrap(x - y)
-                        found.append(dict(metric=metric, split=split, a=a, b=b, mean=mean, low=low,
-                                          high=high, beyond_chance=low > 0 or high < 0))
-    return found
-
-
-# ---- figures --------------------------------------------------------------------------------
-
-
-def save_figure(figure, path, title, config):
-    figure.suptitle(("QUICK TOUR, far too little training: " if config.quick else "") + title,
-                    size=10)
-    figure.savefig(path)
-
-
-def title_picture(path, source, title, config):
-    """A finished picture, with the title that every figure has."""
-    picture = Image.open(source)
-    figure = Figure(figsize=(picture.width / 120, picture.height / 120 + 0.4), dpi=120)
-    ax = figure.add_axes([0, 0, 1, picture.height / (picture.height + 48)])
-    ax.imshow(picture)
-    ax.axis("off")
-    save_figure(figure, path, title, config)
-
-
-def bar_figure(path, summaries, columns, title, config):
-    """Bars with error bars, one panel a column of the table (DPOK, Figure 3a and b)."""
-    figure = Figure(figsize=(3 * len(columns), 3), dpi=100, layout="constrained")
-    for ax, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        have = {name: table[column] for name, table in summaries.items() if column in table}
-        ax.bar(range(len(have)), [v[0] for v in have.values()],
-               yerr=[v[1] for v in have.values()], capsize=3, color="tab:blue")
-        ax.set_xticks(range(len(have)), have, rotation=40, ha="right", size=8)
-        ax.set_title(column if column not in ("reward", "gold") else
-                     f"{column}: {getattr(config, column)}", size=9)
-        ax.axhline(0, lw=0.5, color="black")
-    save_figure(figure, path, title, config)
-
-
-def query_figure(path, curves, config):
-    """Reward of what the policy draws, mean of three rounds, by queries; band: s.d. of seeds."""
-    figure = Figure(figsize=(5.5, 3.6), dpi=100, layout="constrained")
-    ax = figure.subplots()
-    for name, runs in curves.items():
-        y = [[row["reward"] for row in rows] for rows in runs]
-        y = torch.tensor([[mean_se(r[max(0, i - 2):i + 1])[0] for i in range(len(r))] for r in y])
-        x = [row["queries"] for row in runs[0]]
-        line, = ax.plot(x, y.mean(0), label=name)
-        if len(runs) > 1:
-            ax.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.12,
-                            color=line.get_color())
-    ax.set(xlabel="reward queries", ylabel=config.reward)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    save_figure(figure, path, "Reward against reward queries", config)
-
-
-def overoptimization_figure(path, long, config):
-    """Proxy and gold against path KL as training goes on too long (DDPO's Figure 7, in numbers)."""
-    figure = Figure(figsize=(8, 3.4), dpi=100, layout="constrained")
-    for ax, key in zip(figure.subplots(1, 2), ("reward", "gold")):
-        for beta, rows in long.items():
-            line, = ax.plot([row["kl"] for row in rows], [row[key] for row in rows], lw=1,
-                            label=f"β = {beta:g}")
-            stop = rows[early_stop([row["gold"] for row in rows])]
-            ax.plot(stop["kl"], stop[key], "o", color=line.get_color())
-        ax.set(xlabel="path KL, nats", title=f"{key}: {getattr(config, key)}")
-        ax.set_xscale("symlog", linthresh=1)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    save_figure(figure, path, "Training on and on; dots: where early stopping would stop", config)
-
-
-def generalization_figure(path, by_model, config):
-    """Gold before and after, on prompts trained on and on combinations never seen anywhere."""
-    names = [name for name in by_model if not name.startswith("best of")]
-    rows = by_model[names[0]]
-    groups = dict.fromkeys((row["split"], row["family"]) for row in rows)
-    figure = Figure(figsize=(9, 3.2), dpi=100, layout="constrained")
-    ax = figure.subplots()
-    for k, name in enumerate(names):
-        stats = [mean_se([row[config.gold] for row in by_model[name]
-                          if (row["split"], row["family"]) == group]) for group in groups]
-        x = [i + (k + 0.5) / len(names) * 0.8 - 0.4 for i in range(len(groups))]
-        ax.bar(x, [m for m, _ in stats], 0.8 / len(names), yerr=[e for _, e in stats], label=name)
-    ax.set_xticks(range(len(groups)), [f"{family}\n{split}" for split, family in groups], size=8)
-    ax.set_ylabel(config.gold)
-    ax.legend(fontsize=7, ncol=len(names))
-    save_figure(figure, path, "Trained prompts, and combinations no training ever saw", config)
+    """`difference` for each pair of models, in proxy, gold and diversity, seen and unseen."""
+    names, metrics = list(by_model), (config.reward, config.gold, "novelty")
+    found = [difference(by_model, a, b, metric, split) for i, b in enumerate(names)
+             for a in names[i + 1:] for metric in metrics for split in ("seen", "unseen")]
+    return [row for row in found if row]
 
 
 # ---- claims ---------------------------------------------------------------------------------
@@ -440,40 +351,38 @@ def claims(by_model, long, config):
     """The slides' claims as sentences with figures; one that fails is a finding, and says so."""
     lines = []
 
-    def compare(text, a, b, metric, split="seen"):
-        if a in by_model and b in by_model:
-            x, y = (per_picture(by_model[name], metric, split) for name in (a, b))
-            if len(x) and not (x - y).isnan().any():
-                mean, low, high = paired_bootstrap(x - y)
-                lines.append(f"{text}: {verdict(low, high)} ({a} − {b}, {metric}: {mean:+.3f}, "
-                             f"95 % interval {low:+.3f} to {high:+.3f}, {len(x)} pairs).")
+    def say(text, a, b, metric, split="seen"):
+        if d := difference(by_model, a, b, metric, split):
+            lines.append("{}: {} ({a} − {b}, {metric}: {mean:+.3f}, 95 % interval {low:+.3f} to "
+                         "{high:+.3f}, {pairs} pairs).".format(
+                             text, verdict(d["low"], d["high"]), **d))
 
     for rl in ("DDPO_IS", "DPOK"):
         for supervised in ("SFT", "RWR"):
-            compare("RL is above supervised fine-tuning at equal queries", rl, supervised,
-                    config.reward)
-    compare("Importance sampling is above the score function per query", "DDPO_IS", "DDPO_SF",
-            config.reward)
-    compare("The score function is above RWR per query", "DDPO_SF", "RWR", config.reward)
-    compare("With the KL term gold ends above that of training without it", "DPOK", "DDPO_IS",
-            config.gold)
-    compare("With the KL term diversity ends above that of training without it", "DPOK", "DDPO_IS",
-            "novelty")
+            say("RL is above supervised fine-tuning at equal queries", rl, supervised,
+                config.reward)
+    say("Importance sampling is above the score function per query", "DDPO_IS", "DDPO_SF",
+        config.reward)
+    say("The score function is above RWR per query", "DDPO_SF", "RWR", config.reward)
+    say("With the KL term gold ends above that of training without it", "DPOK", "DDPO_IS",
+        config.gold)
+    say("With the KL term diversity ends above that of training without it", "DPOK", "DDPO_IS",
+        "novelty")
     for metric, lost in ((config.gold, "gold"), ("novelty", "diversity")):
         for beta in BETAS[1:]:
-            compare(f"Trained too long, the KL term keeps {lost} that β = 0 loses",
-                    f"long β={beta:g}", "long β=0", metric)
+            say(f"Trained too long, the KL term keeps {lost} that β = 0 loses",
+                f"long β={beta:g}", "long β=0", metric)
     for name in ("DDPO_IS", "DPOK"):
-        compare("What is learned carries over to unseen combinations", name, "pretrained",
-                config.gold, "unseen")
+        say("What is learned carries over to unseen combinations", name, "pretrained",
+            config.gold, "unseen")
     for beta, rows in long.items():
         gold = [row["gold"] for row in rows]
         stop, end = early_stop(gold), slice(-5, None)
         lines.append(
             f"Trained for {len(rows)} rounds with β = {beta:g}: over the last five {config.reward} "
-            f"is {mean_se([row['reward'] for row in rows[end]])[0]:.3f}, {config.gold} "
-            f"{mean_se(gold[end])[0]:.3f} at {rows[-1]['kl']:.0f} nats; {config.gold} was best, "
-            f"{mean_se(gold[max(0, stop - 4):stop + 1])[0]:.3f}, at round {stop + 1}.")
+            f"is {ddpo.mean_se([row['reward'] for row in rows[end]])[0]:.3f}, {config.gold} "
+            f"{ddpo.mean_se(gold[end])[0]:.3f} at {rows[-1]['kl']:.0f} nats; {config.gold} was "
+            f"best, {ddpo.mean_se(gold[max(0, stop - 4):stop + 1])[0]:.3f}, at round {stop + 1}.")
     return lines
 
 
@@ -495,33 +404,13 @@ def table_lines(summaries, extra):
 
 
 def write_csv(path, rows):
-    """One line a dict; no file without rows."""
+    """One line a dict; no file without rows, not even an earlier one."""
     if not rows:
-        return
+        return path.unlink(missing_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_page(out, table, said, figures, config):
-    """index.html: the table, the claims and every figure, in one file that needs no other."""
-    cells = ["".join(f"<td>{cell.strip()}</td>" for cell in line.strip("|").split("|"))
-             for line in table if not line.startswith("| ---")]
-    picture = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-               for name in figures if (out / f"{name}.png").is_file()}
-    note = "<p><b>A quick tour: far too little training to conclude anything.</b></p>"
-    (out / "index.html").write_text(
-        "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>body{"
-        "font-family:sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{font-size:70%;"
-        "border-collapse:collapse}td{border:1px solid #ccc;padding:3px}img{max-width:100%}"
-        ".wide{overflow-x:auto}</style><h1>Who is better, at what price</h1>"
-        + note * config.quick + f"<p>Trained on {config.reward}; meant: {config.gold}. "
-        "Mean ± standard error.</p><div class=wide><table><tr>" + "</tr><tr>".join(cells)
-        + "</tr></table></div><ul>" + "".join(f"<li>{line}</li>" for line in said) + "</ul>"
-        + "".join(f"<figure><img alt='{figures[name]}' src='data:image/png;base64,{data}'>"
-                  f"<figcaption>{figures[name]}</figcaption></figure>"
-                  for name, data in picture.items()), encoding="utf-8")
 
 
 FIGURES = dict(
@@ -533,22 +422,32 @@ FIGURES = dict(
     generalization="Gold on prompts trained on and on combinations that no training ever saw.")
 
 
+def given_runs(config):
+    """label -> model of each folder of --runs; ValueError unless each holds a finished run."""
+    for folder in config.runs:
+        if not Path(folder, "model", "model_index.json").is_file():
+            raise ValueError(f"--runs {folder}: no finished run; its model/ is missing")
+        if config.runs.count(folder) > 1:
+            raise ValueError(f"--runs {folder}: given twice")
+    names = [Path(folder).name for folder in config.runs]  # two may have one name
+    return {name if names.count(name) == 1 and name != "pretrained" else folder: f"{folder}/model"
+            for name, folder in zip(names, config.runs)}
+
+
 def compare(config):
     """Trains what is missing, evaluates everything, writes tables, figures, claims, index.html."""
-    dpok.ddpo.at_least(config, rounds=1, prompts_per_round=1, samples_per_prompt=2, long_rounds=0,
-                       long_samples=2, samples=2, seeds=1, num_steps=1, batch_size=1)
+    ddpo.at_least(config, rounds=1, prompts_per_round=1, samples_per_prompt=2, long_rounds=0,
+                  long_samples=2, samples=2, seeds=1, num_steps=1, batch_size=1)
     out, wanted = Path(config.out), {} if config.runs else jobs(config)
     asked, measures = plan(config), Measures(config)  # whatever is wrong shows before training
     base = mdp.load_pipeline(config.model, config.device)
     mdp.encode_prompts(base, [prompt for _, _, prompt in asked])
     base = base.unet.requires_grad_(False)
-    for folder in config.runs:
-        if not Path(folder, "model", "model_index.json").is_file():
-            raise ValueError(f"--runs {folder}: no finished run; its model/ is missing")
+    given = given_runs(config)
     out.mkdir(parents=True, exist_ok=True)
     train_missing(wanted)
     models = [("pretrained", 0, config.model)]
-    models += [(Path(folder).name, 0, f"{folder}/model") for folder in config.runs]
+    models += [(label, 0, path) for label, path in given.items()]
     models += [(name.rpartition("_seed")[0], job.seed - config.seed, f"{job.out}/{name}/model")
                for name, job in wanted.items() if "_seed" in name]
     budget = config.rounds * config.prompts_per_round * config.samples_per_prompt
@@ -584,23 +483,56 @@ def compare(config):
     (out / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     (out / "claims.md").write_text("".join(f"- {line}\n" for line in said), encoding="utf-8")
 
+    draw_figures(out, asked, rows, summaries, pictures, curves, long, config)
+    note = f"<p>Trained on {config.reward}; meant: {config.gold}. Mean ± standard error.</p>"
+    quick = "<p><b>A quick tour: far too little training to conclude anything.</b></p>"
+    figures.page(out / "index.html", table, said, FIGURES, quick * config.quick + note)
+    return summaries, said
+
+
+def draw_figures(out, asked, rows, summaries, pictures, curves, long, config):
+    """The figures of FIGURES: what goes into each; tiny_sd/figures.py draws it."""
+    for name in FIGURES:  # an earlier call's must not end up on this one's page
+        (out / f"{name}.png").unlink(missing_ok=True)
+    quick = "QUICK TOUR, far too little training: " * config.quick
     show = [i for i, (_, split, _) in enumerate(asked) if split == "seen"]
     show = [i for k, i in enumerate(show) if k % config.samples < 2][:12]  # two of each family
-    grid = [[images[i] for i in show] for images in pictures.values()]
-    mdp.save_grid(out / "same_seeds.png", grid, list(pictures), [asked[i][2] for i in show])
-    title_picture(out / "same_seeds.png", out / "same_seeds.png", "The same noise in each column",
-                  config)
-    bar_figure(out / "scores.png", summaries, ["reward", "gold", config.others[0], "diversity"],
-               "Mean ± standard error on prompts trained on", config)
-    generalization_figure(out / "generalization.png", rows, config)
-    if any(curves.values()):
-        query_figure(out / "queries.png", {k: v for k, v in curves.items() if v}, config)
+    grid, path = [[images[i] for i in show] for images in pictures.values()], out / "same_seeds.png"
+    figures.sheet(path, grid, list(pictures), [asked[i][2] for i in show])
+    figures.frame(path, path, quick + "The same noise in each column")
+
+    names = {"reward": f"reward: {config.reward}", "gold": f"gold: {config.gold}"}
+    panels = {names.get(column, column): {
+        model: table[column] for model, table in summaries.items() if column in table}
+        for column in ("reward", "gold", config.others[0], "diversity")}
+    figures.bars(out / "scores.png", panels, quick + "Mean ± standard error on prompts trained on")
+
+    groups = defaultdict(dict)
+    for model in rows:
+        if not model.startswith("best of"):  # which has no picture of an unseen prompt
+            golds = defaultdict(list)
+            for row in rows[model]:
+                golds[f"{row['family']}\n{row['split']}"].append(row[config.gold])
+            groups[model] = {name: ddpo.mean_se(values) for name, values in golds.items()}
+    figures.groups(out / "generalization.png", groups, config.gold,
+                   quick + "Trained prompts, and combinations no training ever saw")
+
+    lines = {}
+    for model in filter(curves.get, curves):
+        runs = [[row["reward"] for row in run] for run in curves[model]]
+        lines[model] = ([row["queries"] for row in curves[model][0]], torch.tensor(
+            [[ddpo.mean_se(r[max(0, i - 2):i + 1])[0] for i in range(len(r))] for r in runs]))
+    if lines:
+        figures.queries(out / "queries.png", lines, config.reward,
+                        quick + "Reward against reward queries, mean of three rounds")
     if long:
-        overoptimization_figure(out / "overoptimization.png", long, config)
-        title_picture(out / "noise.png", out / "train" / "noise" / "film.png",
-                      "Paid for incompressibility, from top to bottom", config)
-    write_page(out, table, said, FIGURES, config)
-    return summaries, said
+        figures.overoptimization(
+            out / "overoptimization.png",
+            {f"β = {beta:g}": (run, early_stop([row["gold"] for row in run]))
+             for beta, run in long.items()}, dict(reward=config.reward, gold=config.gold),
+            quick + "Training on and on; dots: where early stopping would stop")
+        figures.frame(out / "noise.png", out / "train" / "noise" / "film.png",
+                      quick + "Paid for incompressibility, from top to bottom")
 
 
 def keep(got, label, rows, vectors, pictures):
@@ -611,50 +543,42 @@ def keep(got, label, rows, vectors, pictures):
 
 
 def write_ballot(config, pairs_per_family=4):
-    """ballot.html: DPOK against SFT on the same noise, for raters; ballot_key.json: the answer."""
+    """ballot.html: two models on the same noise, for raters; ballot_key.json: which is which."""
     out = Path(config.out)
     if (out / "ballot_key.json").exists():  # votes on it may be under way
         raise ValueError(f"--ballot: there is one in {out}; move ballot_key.json away first")
-    duel = [jobs(config)[f"{name}_seed0"] for name in ("DPOK", "SFT")]
-    train_missing({job.name: job for job in duel})
+    if config.runs and len(config.runs) != 2:
+        raise ValueError("--ballot compares two models: give --runs two folders, or none")
+    duel = given_runs(config)
+    if not duel:
+        pair = {name: jobs(config)[f"{name}_seed0"] for name in ("DPOK", "SFT")}
+        train_missing({job.name: job for job in pair.values()})
+        duel = {name: f"{job.out}/{job.name}/model" for name, job in pair.items()}
+    out.mkdir(parents=True, exist_ok=True)
     asked = [a for i, a in enumerate(plan(config))
              if a[1] == "seen" and i % config.samples < pairs_per_family]
     prompts = [prompt for _, _, prompt in asked]
-    ours, theirs = (draw(mdp.load_pipeline(f"{job.out}/{job.name}/model", config.device), prompts,
-                         config, config.seed).images for job in duel)
+    ours, theirs = (draw(mdp.load_pipeline(path, config.device), prompts, config,
+                         config.seed).images for path in duel.values())
     pairs = [dict(prompt=p, a=a, b=b) for p, a, b in zip(prompts, ours, theirs)]
     # Not config.seed: who knows the seed knows the sides.
-    page, key = ballot.make_ballot(pairs, secrets.randbits(64), ("DPOK", "SFT"))
+    page, key = ballot.make_ballot(pairs, secrets.randbits(64), tuple(duel))
     (out / "ballot.html").write_text(page, encoding="utf-8")
     (out / "ballot_key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     print(f"For raters, {len(pairs)} pairs: {out}/ballot.html; not for them: {out}/ballot_key.json"
           f"\nCount what they send back: python 05_eval.py --out {out} --votes votes_*.json")
 
 
-def count_votes(config):
-    """Preference rates of the votes on the ballot in --out, on the screen and in votes.md."""
-    key = Path(config.out, "ballot_key.json")
-    if not key.is_file():
-        raise ValueError(f"--votes: no ballot_key.json in --out {config.out}")
-    key = json.loads(key.read_text(encoding="utf-8"))
-    try:
-        votes = ballot.read_votes(config.votes, key)
-    except ValueError as error:
-        raise ValueError(f"--votes: {error}") from error
-    table = ballot.preference_table(votes, (key["a"], key["b"]))
-    Path(config.out, "votes.md").write_text(table + "\n", encoding="utf-8")
-    print(f"Mean ± standard deviation over raters; a tie counts one half for each\n{table}")
-
-
 def main(argv=None):
     config = mdp.parse_config(Config, __doc__, argv)
-    start, out = time.perf_counter(), "runs/quick" if config.quick else "runs/eval"
-    config = replace(config, out=config.out or out)
-    if config.quick:
-        config = replace(config, rounds=4, samples_per_prompt=4, long_rounds=8, long_samples=16,
-                         samples=12)
+    start = time.perf_counter()
+    out = "runs/quick" if config.quick else "runs/eval_runs" if config.runs else "runs/eval"
+    tour = dict(rounds=4, samples_per_prompt=4, long_rounds=8, long_samples=16, samples=12)
+    tour = {key: value for key, value in tour.items()  # flags that were given stay
+            if config.quick and getattr(config, key) == getattr(Config, key)}
+    config = replace(config, out=config.out or out, **tour)
     if config.votes:
-        return count_votes(config)
+        return print(ballot.count_votes(config.votes, Path(config.out)))
     if config.ballot:
         return write_ballot(config)
     summaries, said = compare(config)

@@ -52,7 +52,8 @@ def closed_form(theta=0.0):
         to_eps = math.sqrt(1 - b - sigma2) - math.sqrt(b * (1 - a) / a)
         keep = math.sqrt(b / a) + to_eps * gain
         push = -to_eps * gain * math.sqrt(a)
-        mean, slope, var = keep * mean + push * (M + theta), keep * slope + push, keep**2 * var + sigma2
+        mean, slope = keep * mean + push * (M + theta), keep * slope + push
+        var = keep**2 * var + sigma2
     return -D * (var + (mean - GOAL) ** 2), -2 * D * (mean - GOAL) * slope
 
 

@@ -804,16 +804,28 @@ def test_report_by_hand(capsys):
     assert "0.50 34.60" in said and "KL_t, nats 2.00 5.50" in said and "r: 12, A: 3" in said
 
 
-def test_sweep(tmp_path, capsys):
-    dpok.main([*TINY, "--sweep", "0", "0.1", "--out", str(tmp_path)])
+def test_sweep(tmp_path, capsys, monkeypatch):
+    sweep = dpok.figures.sweep
+    ends, drawn, train = [], [], dpok.train
+    monkeypatch.setattr(dpok, "train", lambda config: ends.append(train(config)) or ends[-1])
+    monkeypatch.setattr(dpok.figures, "sweep", lambda path, rows, names: drawn.append(rows) or
+                        sweep(path, rows, names))
+    dpok.main([*TINY, "--sweep", "0", "0.1", "--alpha", "2", "--out", str(tmp_path)])
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     assert {p.name for p in tmp_path.iterdir()} == {
         "sweep.png", "sweep_beta_0", "sweep_beta_0.1"}
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:-2]]
     for beta, row in zip((0.0, 0.1), rows, strict=True):  # each run has its β, and its own line
         folder = tmp_path / f"sweep_beta_{beta:g}"
-        assert json.loads((folder / "config.json").read_text())["beta"] == beta == float(row[0])
+        assert json.loads((folder / "config.json").read_text())["beta"] == beta
+        assert float(row[0]) == beta / 2  # β/α
         assert {float(r["beta"]) for r in csv.DictReader(open(folder / "metrics.csv"))} == {beta}
+    for row, shown, end in zip(rows, drawn[0], ends, strict=True):
+        for key, text, (mean, error) in zip(("kl", "reward", "gold"), row[1::3], shown[1:]):
+            values = end["after"][key]
+            assert mean == pytest.approx(values.mean().item())
+            assert error == pytest.approx(values.std().item() / len(values) ** 0.5)
+            assert float(text) == pytest.approx(mean, abs=0.051)
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -16,9 +17,9 @@ TINY = ["--rounds", "2", "--samples-per-prompt", "2", "--samples", "3", "--long-
 
 
 def test_mean_se_by_hand():
-    mean, se = ev.mean_se([1.0, 2.0, 6.0])
+    mean, se = ev.ddpo.mean_se([1.0, 2.0, 6.0])
     assert mean == 3 and se == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
-    assert math.isnan(ev.mean_se([1.0])[1])
+    assert math.isnan(ev.ddpo.mean_se([1.0])[1])
 
 
 def test_paired_bootstrap_is_the_normal_interval_where_that_holds():
@@ -196,6 +197,46 @@ def test_runs_of_other_chapters_are_evaluated(evaluated, tmp_path):
     theirs = [row for row in csv.DictReader(open(evaluated / "samples.csv", encoding="utf-8"))
               if row["model"] == "SFT"]
     assert [row["image_reward"] for row in ours] == [row["image_reward"] for row in theirs]
+    assert (tmp_path / "other/queries.png").exists()
+
+
+def test_runs_of_one_name_are_two_models_and_nothing_of_an_earlier_page_stays(
+        evaluated, tmp_path):
+    twins = [tmp_path / name / "DPOK_seed0" for name in "ab"]
+    for twin, method in zip(twins, ("DPOK", "SFT")):
+        shutil.copytree(evaluated / f"train/{method}_seed0/model", twin / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    for stale in ("queries.png", "samples_long.csv"):
+        (out / stale).write_bytes((evaluated / stale).read_bytes())
+    ev.main(["--runs", *map(str, twins), "--samples", "2", "--num-steps", "3", "--device", "cpu",
+             "--out", str(out)])
+    lines = (out / "table.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| pretrained", *(f"| {t}" for t in twins)]
+    assert lines[1].split(" | ")[1:] != lines[2].split(" | ")[1:]
+    assert not (out / "queries.png").exists() and not (out / "samples_long.csv").exists()
+    assert "against reward queries" not in (out / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_ballot_on_two_given_runs(evaluated, tmp_path):
+    flags = ["--samples", "2", "--num-steps", "3", "--device", "cpu", "--ballot"]
+    runs = [str(evaluated / f"train/{method}_seed0") for method in ("DDPO_IS", "RWR")]
+    ev.main(["--runs", *runs, *flags, "--out", str(tmp_path / "b")])
+    key = json.loads((tmp_path / "b/ballot_key.json").read_text())
+    assert (key["a"], key["b"]) == ("DDPO_IS_seed0", "RWR_seed0") and len(key["pairs"]) == 10
+    for bad in (runs[:1], [*runs, str(evaluated / "train/SFT_seed0")], [runs[0]] * 2):
+        with pytest.raises(ValueError, match="--ballot compares two|given twice"):
+            ev.main(["--runs", *bad, *flags, "--out", str(tmp_path / "c")])
+
+
+def test_a_quick_tour_keeps_the_flags_that_were_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ev, "write_ballot", seen.append)
+    ev.main(["--quick", "--ballot", "--rounds", "7"])
+    ev.main(["--ballot"])
+    ev.main(["--ballot", "--runs", "x"])
+    assert [(c.rounds, c.samples, c.out) for c in seen] == [
+        (7, 12, "runs/quick"), (20, 50, "runs/eval"), (20, 50, "runs/eval_runs")]
 
 
 def test_an_unfinished_run_is_moved_aside_and_another_setting_is_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Chapters 2 and 3 as users start them, and what bad input gets: one line, exit code 2, no harm."""
+"""The scripts as users start them, and what bad input gets: one line, exit code 2, no harm."""
 import csv
 import json
 import subprocess
@@ -12,8 +12,7 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).resolve().parent.parent
 mdp, ddpo = import_module("01_mdp"), import_module("03_ddpo")
 TINY = ["--rounds", "2", "--prompts-per-round", "2", "--samples-per-prompt", "3", "--num-steps",
-        "3",
-        "--eval-samples", "4", "--device", "cpu"]
+        "3", "--eval-samples", "4", "--device", "cpu"]
 
 
 def run(script, *flags, cwd):
@@ -32,9 +31,8 @@ def test_rewards_from_another_directory(tmp_path):
 @pytest.mark.parametrize("flags", [
     ("--estimator", "sf", "--step-weight", "none"),
     ("--estimator", "is", "--reward", "compressibility", "--baseline", "running", "--ratio",
-     "per_dim",
-     "--clip-range", "1e-4", "--guidance-scale", "3", "--lora-rank", "2", "--timestep-fraction",
-     "0.5"),
+     "per_dim", "--clip-range", "1e-4", "--guidance-scale", "3", "--lora-rank", "2",
+     "--timestep-fraction", "0.5"),
 ])
 def test_ddpo_from_another_directory(flags, tmp_path):
     done = run("03_ddpo.py", *TINY, *flags, cwd=tmp_path)
@@ -49,10 +47,24 @@ def test_ddpo_from_another_directory(flags, tmp_path):
     mdp.load_pipeline(str(folder / "model"), device="cpu")
 
 
+def test_dpok_from_another_directory(tmp_path):
+    done = run("04_dpok.py", *TINY, "--prompts", "tasks", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gain" in done.stdout and "path KL" in done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.csv", "film.png", "before_after.png", "reward.png", "model"}
+    flags = ["--samples", "2", "--num-steps", "3", "--device", "cpu"]
+    done = run("05_eval.py", "--runs", str(folder), *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "runs/eval_runs/table.md").read_text(encoding="utf-8")
+    assert f"| {folder.name} |" in table
+
+
 def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
     config = ddpo.Config(rounds=2, prompts_per_round=2, samples_per_prompt=3, num_steps=3,
-                         eval_samples=4,
-                         device="cpu", out=str(tmp_path), reward="compressibility", seed=0)
+                         eval_samples=4, device="cpu", out=str(tmp_path), seed=0,
+                         reward="compressibility")
     first, second = ddpo.train(config), ddpo.train(config)
     assert first["folder"] != second["folder"]  # an earlier run is never overwritten
     assert [row["reward"] for row in first["rows"]] == [row["reward"] for row in second["rows"]]
@@ -101,7 +113,8 @@ def test_bad_input_is_one_line_naming_the_flag(flags, named, tmp_path, monkeypat
         mdp.run_main(lambda: ddpo.main([*TINY, *flags]))
     said = capsys.readouterr().err.strip()
     assert exit.value.code == 2 and named in said.splitlines()[-1], said
-    assert len([line for line in said.splitlines() if ".py:" in line or "error" in line.lower()]) == 1, said
+    complaints = [line for line in said.splitlines() if ".py:" in line or "error" in line.lower()]
+    assert len(complaints) == 1, said
     assert [p.name for p in Path("runs").iterdir()] == ["taken"]
     assert Path("runs/taken/config.json").read_text() == "precious"
 

@@ -66,7 +66,7 @@ const steps = BALLOT.pairs.length * asked.length, $ = (id) => document.getElemen
 const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", " ": "tie",
               Backspace: "back"};
 let state = {rater: "", answers: []};  // answers as they come: alignment, quality, alignment, ...
-// The one outlives the tab, but may come up empty on a page read from a file; the tab's own is sure.
+// The first outlives the tab but may come up empty on a page read from a file; the tab's own not.
 const stores = ["localStorage", "sessionStorage"];  // either may be blocked
 for (const store of stores)
   try { state = JSON.parse(window[store].getItem(slot)) || state; } catch {}
@@ -215,3 +215,17 @@ def preference_table(votes, names):
         cells += [str(len(rates)), str(votes["pairs"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def count_votes(files, folder):
+    """Preference rates of the votes on the folder's ballot, as a table; also in its votes.md."""
+    try:
+        key = json.loads((folder / "ballot_key.json").read_text(encoding="utf-8"))
+        votes = read_votes(files, key)
+    except OSError as error:
+        raise ValueError(f"--votes: no ballot_key.json in --out {folder}") from error
+    except ValueError as error:
+        raise ValueError(f"--votes: {error}") from error
+    table = preference_table(votes, (key["a"], key["b"]))
+    (folder / "votes.md").write_text(table + "\n", encoding="utf-8")
+    return f"Mean ± standard deviation over raters; a tie counts one half for each\n{table}"

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 
 from tiny_sd import shapes
 
@@ -230,3 +230,18 @@ def exam(family, n, seed=0):
 def right(images, requests):
     """Share of pictures that score 1."""
     return sum(score(seen, r) == 1 for seen, r in zip(see(images), requests)) / len(images)
+
+
+@torch.no_grad()
+def report(vae, n=100):
+    """Table of the share of drawn pictures that are read rightly, as drawn and after the VAE."""
+    lines = [f"\n{'the judge is right on':26}{'as drawn':>12}{'after the VAE':>15}"]
+    for family in shapes.FAMILIES:
+        images, requests = exam(family, n)
+        pixels = to_tensor(images).to(vae.device, vae.dtype) * 2 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().cpu()
+        decoded = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        shares = [right(seen, requests)
+                  for seen in (images, [Image.fromarray(p.numpy()) for p in decoded])]
+        lines.append(f"{family:26}{shares[0]:12.1%}{shares[1]:15.1%}")
+    return "\n".join(lines)
