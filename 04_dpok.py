@@ -386,20 +386,21 @@ def step(optimizer, params, config):
 def gradient_variance(pipe, params, run, pre_means, advantages, weight, config, groups=8):
     """Variance of the policy gradient, summed over all weights, for each kind of advantage.
 
-    From the spread between groups of pictures, divided by the number of groups: the variance of
-    the whole round's gradient.
+    From the spread between G groups of pictures, divided by G: (Σ‖g‖² − ‖Σg‖²/G) / (G−1) / G, the
+    variance of the whole round's gradient. Only sums are kept, because a gradient may be large.
     """
     found, T, groups = {}, run.log_probs.shape[1], min(groups, len(run.log_probs))
     for name, advantage in tqdm(advantages.items(), "variance of the gradient", leave=False):
-        gradients = []
+        total, squares = 0.0, 0.0
         for start in range(groups):  # every groups-th picture: each has a share of every prompt
             pictures = torch.arange(start, len(advantage), groups)
             pairs = torch.cartesian_prod(pictures, torch.arange(T))
             accumulate(pipe, run, pre_means, advantage, pairs, weight, 0 * weight, 0.0, config)
-            gradients.append(torch.cat([p.grad.flatten() for p in params]))
+            g = torch.cat([p.grad.flatten() for p in params])
+            total, squares = total + g, squares + g.square().sum()
             for p in params:
                 p.grad = None
-        found[name] = (torch.stack(gradients).var(0).sum() / len(gradients)).item()
+        found[name] = ((squares - total.square().sum() / groups) / (groups - 1) / groups).item()
     return found
 
 
