@@ -383,6 +383,29 @@ def step(optimizer, params, config):
     return norm.item()
 
 
+def supervised_round(pipe, frozen, fixed_set, asked, reward, optimizer, params, generator, beta,
+                     folder, config):
+    """Figure 1a: pretrained pictures join the fixed set, and K updates learn from all of it.
+
+    The set is changed in place. As many noisy latents are learned as RL has (sample, step) pairs.
+    """
+    with pretrained(pipe, frozen):
+        run = mdp.rollout(pipe, asked, config.num_steps, config.eta, config.guidance_scale,
+                          generator=generator, batch_size=config.batch_size)
+    r = rewards.score(reward, run.images, asked, folder)
+    fixed_set.append((run.latents[:, -1], run.prompt_embeds, r, asked))
+    x_0, c, scores, names = zip(*fixed_set)
+    x_0, c, scores, names = torch.cat(x_0), torch.cat(c), torch.cat(scores), sum(names, [])
+    weights = (rwr_weights(scores, names, config.temperature) if config.sft_weights == "rwr"
+               else sparse_weights(scores, names, config.keep))
+    for _ in range(config.updates_per_round):
+        rows = torch.randint(len(weights), (run.log_probs.numel() // config.updates_per_round,),
+                             generator=generator)
+        accumulate_sft(pipe, frozen, (x_0, c, weights), rows, generator, beta, config)
+        norm = step(optimizer, params, config)
+    return norm
+
+
 def gradient_variance(pipe, params, run, pre_means, advantages, weight, config, groups=8):
     """Variance of the policy gradient, summed over all weights, for each kind of advantage.
 
@@ -468,21 +491,8 @@ def train(config):
                    kl=kl, beta=beta, value_loss=0.0, clip_fraction=0.0)
 
         if config.method == "sft":  # `run` was only looked at: the pretrained model's are learned
-            with pretrained(pipe, frozen):
-                run = mdp.rollout(pipe, asked, config.num_steps, config.eta, config.guidance_scale,
-                                  generator=generator, batch_size=config.batch_size)
-            r = rewards.score(reward, run.images, asked, folder)
-            fixed_set.append((run.latents[:, -1], run.prompt_embeds, r, asked))
-            x_0, c, scores, names = zip(*fixed_set)
-            scores, names = torch.cat(scores), [name for part in names for name in part]
-            w = (rwr_weights(scores, names, config.temperature) if config.sft_weights == "rwr"
-                 else sparse_weights(scores, names, config.keep))
-            for _ in range(config.updates_per_round):  # as many noisy latents as RL has pairs
-                some = torch.randint(len(w), (B * T // config.updates_per_round,),
-                                     generator=generator)
-                accumulate_sft(pipe, frozen, (torch.cat(x_0), torch.cat(c), w), some, generator,
-                               beta, config)
-                norm = step(optimizer, params, config)
+            norm = supervised_round(pipe, frozen, fixed_set, asked, reward, optimizer, params,
+                                    generator, beta, folder, config)
         else:
             r = r.float().to(pipe.device)
             if config.kl == "reward":
