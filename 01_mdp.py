@@ -47,6 +47,7 @@ from tqdm import tqdm
 from tiny_sd import figures
 
 HERE = Path(__file__).resolve().parent
+FRESH = 2**31  # + seed: an evaluation's noise. torch reads 32 bits of a seed: 2**40 would add 0
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,10 @@ def rollout(pipe, prompts, num_steps=10, eta=1.0, guidance_scale=1.0, seed=None,
         raise ValueError(f"--guidance-scale must be a number ≥ 0, not {guidance_scale}")
     if (seed is None) == (generator is None):  # and not "if seed": 0 is a seed too
         raise ValueError("rollout needs a seed or a generator (and not both)")
-    generator = generator or torch.Generator().manual_seed(seed % 2**63)
+    if generator is None:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seed must lie in [0, 2³²), all that torch reads of it, not {seed}")
+        generator = torch.Generator().manual_seed(seed)
     pipe.scheduler.set_timesteps(num_steps)
     timesteps = pipe.scheduler.timesteps
     shape = len(timesteps) + 1, *latent_shape(pipe)
@@ -327,7 +331,7 @@ def rollout(pipe, prompts, num_steps=10, eta=1.0, guidance_scale=1.0, seed=None,
 
 def parse_config(Config, doc, argv=None):
     """Command line -> Config: its fields give the flags, its comments the help."""
-    source = "".join(inspect.getsource(c) for c in Config.__mro__[:-1])  # one may extend another
+    source = "".join(inspect.getsource(c) for c in Config.__mro__[-2::-1])  # one may extend another
     comments = dict(re.findall(r"^ +(\w+):[^#]*  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,8 +356,20 @@ def parse_config(Config, doc, argv=None):
     return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def picture_path(out):
+    """--out as a Path whose folder is there: what is wrong with it fails before the work."""
+    out = Path(out)
+    if out.suffix not in (".png", ".jpg", ".pdf"):
+        raise ValueError(f"--out {out}: the name must end in .png, .jpg or .pdf")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def run_main(main):
     """main(), where bad input becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a log file on Windows may have no β
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:
@@ -364,10 +380,7 @@ def run_main(main):
 @torch.no_grad()
 def main(argv=None):
     config = parse_config(Config, __doc__, argv)
-    out = Path(config.out)
-    if out.suffix not in (".png", ".jpg", ".pdf"):
-        raise ValueError(f"--out {out}: the name must end in .png, .jpg or .pdf")
-    out.parent.mkdir(parents=True, exist_ok=True)  # fail here rather than after the work
+    out = picture_path(config.out)
     pipe = load_pipeline(config.model)
     scale, eta = config.guidance_scale, config.eta
     run = rollout(pipe, config.prompts, config.num_steps, eta, scale, config.seed)

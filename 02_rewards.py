@@ -47,6 +47,7 @@ else? (3) Find a picture that the judge calls right and image_reward dislikes.
 import importlib.util
 import io
 import re
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -215,17 +216,18 @@ REWARDS = dict(compressibility=compressibility, incompressibility=incompressibil
                vlm_strict=VlmStrict, alignment=alignment)
 
 
-def get_reward(spec, models=Models(), device=None):
+def get_reward(spec, models=Models(), device=None, flag="--reward"):
     """A reward by name, from path/to/file.py:function, or a sum from name=weight,name=weight.
 
-    Models are loaded here, once, onto the device; ValueError for whatever is unknown or not there.
+    Models are loaded here, once, onto the device; ValueError, which names the flag, for whatever is
+    unknown or not there.
     """
     if "=" in spec.rpartition(":")[2]:  # and not in the path of a file
-        return weighted_sum(spec, models, device)
+        return weighted_sum(spec, models, device, flag)
     if ".py:" in spec:
-        return reward_from_file(spec)
+        return reward_from_file(spec, flag)
     if spec not in REWARDS:
-        raise ValueError(f"--reward {spec}: unknown; choose from {', '.join(REWARDS)}, a sum "
+        raise ValueError(f"{flag} {spec}: unknown; choose from {', '.join(REWARDS)}, a sum "
                          "such as alignment=1,aesthetic=0.2, or path/to/file.py:function")
     if not isinstance(REWARDS[spec], type):
         return REWARDS[spec]
@@ -240,15 +242,15 @@ def get_reward(spec, models=Models(), device=None):
     return reward
 
 
-def weighted_sum(spec, models, device):
+def weighted_sum(spec, models, device, flag):
     """r = Σ_k weight_k · r_k  from "name=weight,name=weight"."""
     terms = []
     for term in spec.split(","):
         name, _, weight = term.rpartition("=")
         try:
-            terms.append((float(weight), get_reward(name, models, device)))
+            terms.append((float(weight), get_reward(name, models, device, flag)))
         except ValueError as error:
-            raise ValueError(f"--reward {spec}: {error}") from error
+            raise ValueError(f"{flag} {spec}: {error}") from error
 
     def reward(images, prompts):  # score() inside, so that a broken term is named
         return sum(weight * score(term, images, prompts) for weight, term in terms)
@@ -257,18 +259,20 @@ def weighted_sum(spec, models, device):
     return reward
 
 
-def reward_from_file(spec):
-    """One's own reward: the function of that name in that file."""
+def reward_from_file(spec, flag="--reward"):
+    """One's own reward: the function of that name in that file, which may import its neighbors."""
     file, _, name = spec.rpartition(":")
     try:
-        module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module  # a dataclass in the file looks itself up there
+        sys.path.append(str(Path(file).resolve().parent))
         module_spec.loader.exec_module(module)
         if not callable(getattr(module, name)):
             raise TypeError(f"{name} is not a function")
         return getattr(module, name)
     except Exception as error:  # whatever the reader's own file raises
-        raise ValueError(f"--reward {spec}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()
@@ -282,9 +286,9 @@ def score(reward, images, prompts, folder="runs"):
     try:  # one by one: whole numbers become floats here, and stay so in every later average
         values = torch.tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--reward {name}: not a number for each picture ({error})") from error
+        raise ValueError(f"reward {name}: not a number for each picture ({error})") from error
     if len(values) != len(images):
-        raise ValueError(f"--reward {name}: {len(values)} numbers for {len(images)} pictures, "
+        raise ValueError(f"reward {name}: {len(values)} numbers for {len(images)} pictures, "
                          f"the first of {prompts[0]!r}")
     for value, image, prompt in zip(values, images, prompts):
         if not value.isfinite():
@@ -292,7 +296,7 @@ def score(reward, images, prompts, folder="runs"):
             if image is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 image.save(file)
-            raise ValueError(f"--reward {name}: gave {value.item()} for a picture of {prompt!r}: "
+            raise ValueError(f"reward {name}: gave {value.item()} for a picture of {prompt!r}: "
                              f"see {file}")
     return values
 
@@ -301,7 +305,13 @@ def score(reward, images, prompts, folder="runs"):
 
 
 def spearman(a, b):
-    """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()"""
+    """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()
+
+    NaN for a single pair.
+    """
+    if len(a) < 2:
+        return torch.tensor(torch.nan)
+
     def ranks(x):
         _, place, count = x.unique(return_inverse=True, return_counts=True)
         return (count.cumsum(0) - (count - 1) / 2)[place].double()
@@ -317,9 +327,8 @@ def main(argv=None):
     specs = [spec for word in config.rewards
              for spec in ([word] if "=" in word else word.split(","))]
     specs = list(REWARDS) if specs == ["all"] else specs
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rewards = [get_reward(spec, config, config.device) for spec in specs]
+    out = mdp.picture_path(config.out)
+    rewards = [get_reward(spec, config, config.device, "--rewards") for spec in specs]
     pipe = mdp.load_pipeline(config.model, config.device)
     prompts = [prompt for prompt in config.prompts for _ in range(config.samples)]
     images = mdp.rollout(pipe, prompts, config.num_steps, guidance_scale=config.guidance_scale,

@@ -14,7 +14,8 @@ importance sampling, reuses a round for several updates, kept near p_old by PPO'
     J_IS  = E[ Σ_t min(w_t·A, clip(w_t, 1−ε, 1+ε)·A) ]
 
 (≈, because w_t corrects the step but not how often the state x_t is met.) A, the advantage, is the
-reward minus what the same prompt's other pictures got.
+reward minus what the same prompt's other pictures got, over the spread of the round's rewards: a
+positive factor before ∇J.
 
 A STEP THAT SHOUTS. For a model that predicts ε, ∇log p = (c_t/σ_t)·z·∇ε with z the step's own noise
 and c_t = ∂μ/∂ε. The weight |c_t|/σ_t is about 1 at every step but the second-to-last, where it is
@@ -33,9 +34,11 @@ Expect alignment on fresh seeds to rise from 0.68 ± 0.04 to about 0.98 ± 0.01.
 
 DEPARTURES. Log-probs are summed over the latent and the ratio is exact; `--ratio per_dim` is the
 published code's, which averages, so that its clip of 1e-4 is one of 0.194 to 5.147 on the true
-ratio of Stable Diffusion's 16384 numbers (`equivalent_clip`). The baseline leaves the sample itself
-out; `--baseline running` is the published one, which does not. `--step-weight sigma` as above. The
-tiny model is trained whole, at a learning rate of 1e-4; the paper's 1e-5 is for the full model.
+ratio of Stable Diffusion's 16384 numbers (`equivalent_clip`). Baseline and scale leave the sample
+itself out, and the scale is the round's; `--baseline running` is the paper's, of the prompt's last
+rewards, the sample's included. Where --advantage-clip bites it is a bias in both. `--step-weight
+sigma` as above. The tiny model is trained whole, at a learning rate of 1e-4; the paper's 1e-5 is
+for the full model.
 
 EXERCISES. (1) Fine-tune with --reward compressibility, then score alignment: what was the price?
 (2) Take torch.minimum out of ddpo_is_objective. Which test fails, and what does training do?
@@ -172,8 +175,9 @@ def leave_one_out_advantage(reward, prompts):
 def running_advantage(reward, prompts, history, keep=64):
     """A_i = (r_i − mean) / std over the prompt's last `keep` rewards, this round's included.
 
-    DDPO's per-prompt statistics. They hold r_i itself, which shrinks E[A·∇log p] by the share that
-    it has in the mean: a small bias. `history`, prompt -> list of floats, is changed in place.
+    DDPO's per-prompt statistics. They hold r_i itself: its share in the mean shrinks E[A·∇log p],
+    its share in the std bends it a little, and a prompt's first sample gets 0. `history`, prompt ->
+    list of floats, is changed in place.
     """
     for value, prompt in zip(reward.tolist(), prompts):
         history[prompt] = [*history.get(prompt, []), value][-keep:]
@@ -199,7 +203,7 @@ def get_prompts(name):
         known = ", ".join([*shapes.FAMILIES, "animals", "activities"])
         raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are {known}")
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"--prompts {name}: not a text file in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -219,7 +223,12 @@ def prompt_stream(prompts, generator):
 
 
 def at_least(config, **least):
-    """ValueError that names the first flag whose value is too small, infinite or no number."""
+    """ValueError that names the first flag whose value is too small, infinite or no number.
+
+    The seed must leave room for mdp.FRESH in the 32 bits that torch reads.
+    """
+    if not 0 <= config.seed < 2**30:
+        raise ValueError(f"--seed must lie in [0, 2³⁰), not {config.seed}")
     for field, low in least.items():
         value, flag = getattr(config, field), "--" + field.replace("_", "-")
         if value is not None and not low <= value < math.inf:
@@ -242,8 +251,14 @@ def check(config):
     if config.baseline == "leave_one_out" and config.samples_per_prompt < 2:
         raise ValueError("--samples-per-prompt must be at least 2 for --baseline leave_one_out")
     pairs = config.prompts_per_round * config.samples_per_prompt
-    if config.updates_per_round and config.updates_per_round > pairs:
-        raise ValueError(f"--updates-per-round: at most {pairs}, the samples of a round")
+    if updates(config) > pairs:
+        raise ValueError(f"--updates-per-round: at most {pairs}, the samples of a round, not "
+                         f"{updates(config)}")
+
+
+def updates(config):
+    """K, the optimizer steps a round."""
+    return config.updates_per_round or {"sf": 1, "is": 2}[config.estimator]
 
 
 def run_folder(config, method):
@@ -320,7 +335,7 @@ def evaluate(pipe, prompts, reward, config):
     n, P = config.eval_samples, len(prompts)
     chosen = [prompts[i * P // n if P > n else i % P] for i in range(n)]
     run = mdp.rollout(pipe, chosen, config.num_steps, config.eta, config.guidance_scale,
-                      seed=2**40 + config.seed, batch_size=config.batch_size)
+                      seed=mdp.FRESH + config.seed, batch_size=config.batch_size)
     return rewards.score(reward, run.images, chosen, config.out), run.images, chosen
 
 
@@ -335,7 +350,6 @@ def train(config):
     folder = run_folder(config, f"ddpo_{config.estimator}")
     params = trainable(pipe, config.lora_rank, config.seed)
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
-    K = config.updates_per_round or {"sf": 1, "is": 2}[config.estimator]
     stream, history, rows, queries = prompt_stream(prompts, generator), {}, [], 0
     pipe.scheduler.set_timesteps(config.num_steps)
     timesteps = pipe.scheduler.timesteps
@@ -364,7 +378,8 @@ def train(config):
         A = A.clamp(-config.advantage_clip, config.advantage_clip).float().to(pipe.device)
         clock.append(time.perf_counter())
 
-        minibatches = draw_pairs(len(asked), len(timesteps), config.timestep_fraction, K, generator)
+        minibatches = draw_pairs(len(asked), len(timesteps), config.timestep_fraction,
+                                 updates(config), generator)
         for minibatch in minibatches:
             last = update(pipe, optimizer, params, run, A, minibatch, weight, config)
         clock.append(time.perf_counter())

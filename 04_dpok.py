@@ -6,15 +6,17 @@ without doing what we mean. So the objective also says: stay near the pretrained
     J(θ) = E_{p_θ(x_{0:T}|z)}[ α·r(x_0, z) − β·Σ_t KL_t ]                         (DPOK's objective)
     KL_t = KL(p_θ(x_{t−1}|x_t,z) ‖ p_pre(x_{t−1}|x_t,z)) = ‖μ_θ − μ_pre‖² / (2σ_t²), in nats
 
-Over all ways of drawing x_{T−1} … x_0 its maximum is p* ∝ p_pre · exp(α·r/β): pretrained pictures,
-weighed by their reward. The sum of step KLs bounds the KL of pictures, which nobody can compute:
+Over all ways of drawing x_{T−1} … x_0 from a given x_T its maximum is p* ∝ p_pre · exp(α·r/β):
+pretrained pictures, weighed by their reward. The sum of step KLs bounds the KL of pictures, which
+nobody can compute, for chains that start from the same noise:
 
     KL(p_θ(x_0|z) ‖ p_pre(x_0|z)) ≤ Σ_t E_{p_θ(x_t|z)}[ KL_t ]                         (Lemma 4.2)
 
   objective   `dpok_objective`: 03's clipped surrogate times α, minus β times the exact KL at the
               states visited. This drops one term of the gradient, like the paper: how θ changes
               *which* states are visited. `--kl reward` has it: β·log(p_θ/p_pre) off the reward
-              (all of ∇J with `--step-weight none`: weights are on the reward's term).
+              (all of ∇J at a round's first update with `--step-weight none`: weights are on the
+              reward's term, and later updates have clipped ratios).
   reference   p_pre is the same UNet with its LoRA adapters off: no second network in memory.
   baseline    a value function V(x_t, z, t) ≈ E[r | x_t], so another one at each step of a picture.
   supervised  `--method sft`: pretrained pictures only (Figure 1a), good ones weighed more. A round
@@ -49,6 +51,7 @@ Why is the lemma's bound looser with fewer steps?
 """
 import copy
 import math
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -150,8 +153,8 @@ def kl_weights(scheduler, timesteps, eta, kind, D):
 def kl_in_reward(reward, log_prob, pre_log_prob, alpha, beta):
     """r' = r − (β/α)·Σ_t log(p_θ(x_{t−1}|x_t)/p_pre(x_{t−1}|x_t)).   (B,), (B,T), (B,T) -> (B,)
 
-    E[α·r'] = J exactly, and the plain policy gradient of r' is all of ∇J: what the log-ratio's own
-    gradient would add is E[Σ_t ∇log p_θ] = 0.
+    E[α·r'] = J exactly, and the plain policy gradient of r', at the policy that drew the pictures,
+    is all of ∇J: what the log-ratio's own gradient would add is E[Σ_t ∇log p_θ] = 0.
     """
     return reward - beta / alpha * (log_prob - pre_log_prob).sum(1)
 
@@ -304,17 +307,22 @@ def check(config):
         raise ValueError(f"--keep must lie in (0, 1], not {config.keep}")
     if config.name and Path(config.out, config.name).exists():
         raise ValueError(f"--name {config.name}: there is such a run in {config.out}")
-    if config.method == "ddpo" and (config.beta or config.target_kl):
-        raise ValueError("--method ddpo is dpok without the KL: leave out --beta and --target-kl")
-    if config.method == "sft" and (config.target_kl or config.kl != "exact"):
-        raise ValueError("--method sft has its own penalty: leave out --kl and --target-kl")
+    idle = dict(dpok="sft_weights temperature keep",
+                ddpo="beta kl target_kl value value_rounds sft_weights temperature keep",
+                sft="alpha clip_range step_weight kl target_kl value value_rounds")
+    for name in idle[config.method].split():
+        if getattr(config, name) != getattr(Config, name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing with --method "
+                             f"{config.method}: leave it out")
     if config.target_kl and (config.beta == 0 or config.sweep):
         raise ValueError("--target-kl adapts β: it needs --beta above 0, and no --sweep")
     samples = config.prompts_per_round * config.samples_per_prompt
     if config.updates_per_round > samples:
         raise ValueError(f"--updates-per-round: at most {samples}, the samples of a round")
-    if any(not 0 <= beta < math.inf for beta in config.sweep) or len(config.sweep) == 1:
-        raise ValueError("--sweep takes two or more values of β, none below 0")
+    different = len({f"{beta:g}" for beta in config.sweep})
+    if config.sweep and (different < max(2, len(config.sweep))
+                         or not all(0 <= beta < math.inf for beta in config.sweep)):
+        raise ValueError("--sweep takes two or more different values of β, none below 0")
 
 
 def make_value(pipe, seed):
@@ -327,11 +335,14 @@ def make_value(pipe, seed):
 
 
 def get_prompts(name):
-    """One prompt for each of DPOK's tasks, chapter 3's sets and files, or the very prompt given."""
+    """One prompt for each of DPOK's tasks, chapter 3's sets and files, or the very prompt given.
+
+    A prompt of a single word needs a space after it.
+    """
     if name in ("tasks", "tasks_sd"):
         return [pair[name == "tasks_sd"] for pair in TASKS.values()]
-    if " " in name and not Path(name).exists():
-        return [name]
+    if " " in name and not os.path.exists(name):  # Path(name).exists() fails if it is very long
+        return [name.strip()]
     return ddpo.get_prompts(name)
 
 
@@ -409,8 +420,9 @@ def supervised_round(pipe, frozen, fixed_set, asked, reward, optimizer, params, 
 def gradient_variance(pipe, params, run, pre_means, advantages, weight, config, groups=8):
     """Variance of the policy gradient, summed over all weights, for each kind of advantage.
 
-    From the spread between G groups of pictures, divided by G: (Σ‖g‖² − ‖Σg‖²/G) / (G−1) / G, the
-    variance of the whole round's gradient. Only sums are kept, because a gradient may be large.
+    From the spread between G groups of pictures, divided by G: (Σ‖g‖² − ‖Σg‖²/G) / (G−1) / G, about
+    the variance of the whole round's gradient, for the baselines tie the groups together a little.
+    Only sums are kept, because a gradient may be large.
     """
     found, T, groups = {}, run.log_probs.shape[1], min(groups, len(run.log_probs))
     for name, advantage in tqdm(advantages.items(), "variance of the gradient", leave=False):
@@ -432,7 +444,7 @@ def evaluate(pipe, frozen, prompts, reward, gold, config):
     n, P = config.eval_samples, len(prompts)
     chosen = [prompts[i * P // n if P > n else i % P] for i in range(n)]
     run = mdp.rollout(pipe, chosen, config.num_steps, config.eta, config.guidance_scale,
-                      seed=2**40 + config.seed, batch_size=config.batch_size)
+                      seed=mdp.FRESH + config.seed, batch_size=config.batch_size)
     with pretrained(pipe, frozen):
         pre_means, std = step_means(pipe, run, config)
     kl = per_step(mdp.kl_divergence, run.means, pre_means, std).cpu().double()
@@ -446,7 +458,7 @@ def train(config):
     check(config)
     prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config, config.device)
-    gold = rewards.get_reward(config.gold, config, config.device)
+    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
     pipe = mdp.load_pipeline(config.model, config.device)
     generator = torch.Generator().manual_seed(config.seed)  # all randomness of training
     frozen = None if config.lora_rank else copy.deepcopy(pipe.unet).requires_grad_(False)
@@ -468,7 +480,7 @@ def train(config):
 
     def shoot():  # the same few seeds as training goes on
         film.append(mdp.rollout(pipe, before["prompts"][:8], config.num_steps, config.eta,
-                                config.guidance_scale, seed=2**40 + config.seed,
+                                config.guidance_scale, seed=mdp.FRESH + config.seed,
                                 batch_size=config.batch_size, progress=False).images)
 
     bar = tqdm(range(1, config.rounds + 1), config.method.upper(), unit="round")
@@ -488,7 +500,7 @@ def train(config):
         row = dict(round=round_number, queries=round_number * B,
                    **dict(zip(("reward", "reward_se"), ddpo.mean_se(r))),
                    **dict(zip(("gold", "gold_se"), ddpo.mean_se(g))),
-                   kl=kl, beta=beta, value_loss=0.0, clip_fraction=0.0)
+                   kl=kl, beta=beta, value_loss=math.nan, clip_fraction=0.0)
 
         if config.method == "sft":  # `run` was only looked at: the pretrained model's are learned
             norm = supervised_round(pipe, frozen, fixed_set, asked, reward, optimizer, params,
@@ -513,7 +525,8 @@ def train(config):
                     pipe, run, pre_means, A, pairs, weight, kl_weight,
                     0.0 if config.kl == "reward" else beta, config)
                 norm = step(optimizer, params, config)
-            row["value_loss"] = (r[:, None] - V).square().mean().item()
+            if visited:
+                row["value_loss"] = (r[:, None] - V).square().mean().item()
             if config.value and config.method == "dpok":
                 visited = [*visited, (*states, r.repeat_interleave(T))][-config.value_rounds:]
                 fit_value(value, value_optimizer, visited, generator)
@@ -602,7 +615,8 @@ def lemma(config):
     """Table and plot: the KL of x_0 and its bound, as the data's mean moves from 0; T = 5 to 50."""
     scheduler = mdp.load_pipeline(config.model, "cpu").scheduler
     moves, chains = (0.1, 0.2, 0.4, 0.8, 1.6), (5, 10, 20, 50)
-    sides = {T: [gaussian_chains(scheduler, T, m, 0.5, 0.0, 0.5) for m in moves] for T in chains}
+    sides = {T: [gaussian_chains(scheduler, T, m, 0.5, 0.0, 0.5, config.eta) for m in moves]
+             for T in chains}
     print("KL(p(x_0) ‖ p_pre(x_0)) ≤ Σ_t E[KL_t] in nats: data N(m, 0.5²), pretrained on m = 0")
     print(f"{'m':>5}" + "".join(f"{f'T = {T}':>22}" for T in chains))
     for i, m in enumerate(moves):
@@ -618,9 +632,15 @@ def lemma(config):
 
 def sweep(config):
     """Trains once for each β: KL, proxy and gold at equal reward queries, as a table and a plot."""
-    path, rows, first = Path(config.out, "sweep.png"), [], config.name or "sweep"
+    first, rows = config.name or "sweep", []
+    path = Path(config.out, f"{first}.png")
     runs = [replace(config, beta=beta, name=f"{first}_beta_{beta:g}") for beta in config.sweep]
+    if config.beta is not None:
+        raise ValueError("--sweep sets β itself: leave out --beta")
     for run in runs:  # whatever is wrong shows before the first run
+        if Path(run.out, run.name).exists():
+            raise ValueError(f"--sweep: {Path(run.out, run.name)} is there already; move it away "
+                             "or give the sweep another --name")
         check(run)
     for run in runs:
         result = train(run)

@@ -8,13 +8,14 @@ reward queries and the same learned reward for all:
 
     RWR        pretrained pictures, weighed by exp(r/τ)/Z            supervised (DPOK, Figure 1a)
     SFT        the best fifth of the same pictures (sparse RWR)      supervised
-    DDPO_SF    REINFORCE: one update a round                         chapter 3
-    DDPO_IS    importance sampling: several updates a round          chapter 3
-    DPOK       the same with a KL term and a value function          chapter 4
-    best of n  no training: draw n pretrained pictures, keep the best, at as many queries
+    DDPO_SF    REINFORCE: one update a round       chapter 3's estimators, in chapter 4's loop
+    DDPO_IS    importance sampling: several updates a round
+    DPOK       the same with a KL term and a value function
+    best of n  no training: draw n pretrained pictures, keep the best, at as many queries (n ≥ 2)
 
     mean ± s.e. = x̄ ± s/√N      path KL = E[Σ_t KL_t], in nats
-    diversity = mean_i (1 − mean_{j≠i} cos(f_i, f_j)), f CLIP's embedding of one prompt's pictures
+    diversity = mean_i (1 − mean_{j≠i} cos(f_i, f_j)), f CLIP's embedding of one prompt's pictures;
+                every picture is in all these means, so deviations count twice in its s.e.
     KL of best of n ≤ log n − (n−1)/n                            (Beirami et al., arXiv 2401.01879)
 
 HOW TO RUN. `python 05_eval.py` trains what is missing in runs/eval/train/, evaluates everything on
@@ -27,8 +28,9 @@ folders of chapters 3 and 4. People are asked with `--ballot` and counted with `
     table.md, table.csv, embeddings.safetensors     the table; what "diversity" was computed from
     differences.csv, claims.md                      what is beyond chance, in figures and in words
 
-DEPARTURES. DPOK's SFT weighs by the reward; here that is called RWR, and SFT keeps the best fifth.
-The standard errors are over pictures: they leave out what another training seed would change.
+DEPARTURES. DPOK's SFT weighs by the reward itself; here RWR weighs by its exponential, and SFT
+keeps the best fifth. Standard errors are over pictures, each averaged over the training seeds: they
+leave out what other seeds would change.
 
 EXERCISES. (1) Which method is best per nat rather than per query? (2) Evaluate chapter 3's default
 run with --runs: what does training on the gold reward itself give? (3) Vote on your own ballot,
@@ -92,6 +94,15 @@ class Config(rewards.Models):
     out: str | None = None  # all goes here; default: runs/eval, or quick or eval_runs with the flag
 
 
+@dataclass(frozen=True)
+class Tour(Config):  # the defaults of --quick
+    rounds: int = 4
+    samples_per_prompt: int = 4
+    long_rounds: int = 8
+    long_samples: int = 16
+    samples: int = 12
+
+
 # ---- statistics -----------------------------------------------------------------------------
 
 
@@ -143,7 +154,8 @@ def jobs(config):
     runs = {f"{name}_seed{i}": dict(compared, seed=config.seed + i, **how)
             for i in range(config.seeds) for name, how in METHODS.items()}
     if config.long_rounds:
-        long = dict(prompts=dpok.get_prompts(config.prompts)[-1], rounds=config.long_rounds,
+        last = dpok.get_prompts(config.prompts)[-1] + " "  # the space: a prompt, even of one word
+        long = dict(prompts=last, rounds=config.long_rounds,
                     samples_per_prompt=config.long_samples, learning_rate=2e-3, seed=config.seed)
         runs |= {f"long_beta_{beta:g}": dict(long, beta=beta) for beta in BETAS}
         runs["noise"] = {**long, "method": "ddpo"}
@@ -159,7 +171,7 @@ def train_missing(wanted):
         folder = Path(job.out, name)
         if (folder / "model" / "model_index.json").is_file():
             saved, now = json.loads((folder / "config.json").read_text()), asdict(job)
-            for key in set(now) - {"out", "device", "batch_size"}:
+            for key in set(now) - {"out", "device", "batch_size", "eval_samples"}:
                 value = list(now[key]) if isinstance(now[key], tuple) else now[key]
                 if saved.get(key) != value:
                     raise ValueError(f"--out: {folder} was trained with {key} = {saved.get(key)}, "
@@ -210,7 +222,8 @@ class Measures:
 
     def __init__(self, config):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.rewards = {name: rewards.get_reward(name, config, device)
+        flags = {config.reward: "--reward", config.gold: "--gold"}
+        self.rewards = {name: rewards.get_reward(name, config, device, flags.get(name, "--others"))
                         for name in (config.reward, config.gold, *config.others)}
         self.ask = nets.Judge() if config.vlm == "judge" else nets.Llava(config.vlm, device)
         self.clip = nets.load_clip(config.clip).to(device)
@@ -231,7 +244,7 @@ class Measures:
 def draw(pipe, prompts, config, seed):
     """Trajectories on the evaluation's noise: the same for every model, seen by no training."""
     return mdp.rollout(pipe, prompts, config.num_steps, config.eta, config.guidance_scale,
-                       seed=2**41 + seed, batch_size=config.batch_size)
+                       seed=mdp.FRESH + 2**30 + seed, batch_size=config.batch_size)
 
 
 def evaluate(label, seed, path, base, asked, measures, config):
@@ -263,7 +276,8 @@ def evaluate_long(wanted, base, measures, config):
     rows = {}
     for name, job in wanted.items():
         if name.startswith("long"):
-            asked, label = [("long", "seen", job.prompts)] * config.samples, f"long β={job.beta:g}"
+            (prompt,), label = dpok.get_prompts(job.prompts), f"long β={job.beta:g}"
+            asked = [("long", "seen", prompt)] * config.samples
             rows[label] = evaluate(label, 0, f"{job.out}/{name}/model", base, asked, measures,
                                    config)[0]
     return rows
@@ -293,30 +307,41 @@ def by_prompt(rows):
 # ---- the table, from the rows ---------------------------------------------------------------
 
 
-def summarize(rows, config):
-    """column -> (mean, s.e., N) of one model, all its seeds together; distinct: N prompts."""
-    seen = [row for row in rows if row["split"] == "seen"]
-    unseen = [row for row in rows if row["split"] == "unseen"]
-    table = {"reward": [row[config.reward] for row in seen],
-             "gold": [row[config.gold] for row in seen],
-             **{f"gold {family}": [row[config.gold] for row in seen if row["family"] == family]
-                for family in dict.fromkeys(row["family"] for row in seen)},
-             "gold unseen": [row[config.gold] for row in unseen],
-             **{name: [row[name] for row in seen] for name in config.others},
-             "path KL": [row["path_kl"] for row in seen],
-             "diversity": [row["novelty"] for row in seen if not math.isnan(row["novelty"])],
-             "distinct": [len({seen[i]["description"] for i in group})
-                          for group in by_prompt(seen).values()]}
-    return {name: (*ddpo.mean_se(values), len(values)) for name, values in table.items() if values}
+def per_picture(rows, metric, split="seen", family=None):
+    """A metric of each picture, averaged over the training seeds, which share the noise.  (N,)
 
-
-def per_picture(rows, metric, split="seen"):
-    """A metric for each picture, averaged over the training seeds: what pairs are made of."""
-    columns = defaultdict(list)
+    These are independent, so errors and intervals are made of them. Only novelties are not: a mean
+    of pair distances moves by 2·(v_i − m) with picture i, m its prompt's mean (Hájek's projection),
+    so each is returned as m + 2·(v_i − m); their mean stays.
+    """
+    found, prompts = defaultdict(list), {}
     for row in rows:
-        if row["split"] == split:
-            columns[row["picture"]].append(row[metric])
-    return torch.tensor([sum(v) / len(v) for _, v in sorted(columns.items())], dtype=torch.float64)
+        if row["split"] == split and family in (None, row["family"]):
+            found[row["picture"]].append(row[metric])
+            prompts[row["picture"]] = row["prompt"]
+    values = torch.tensor([sum(v) / len(v) for _, v in sorted(found.items())], dtype=torch.float64)
+    if metric == "novelty":
+        for prompt in set(prompts.values()):
+            own = torch.tensor([other == prompt for _, other in sorted(prompts.items())])
+            values[own] = values[own].mean() + 2 * (values[own] - values[own].mean())
+    return values
+
+
+def summarize(rows, config):
+    """column -> (mean, s.e., N) of one model; N pictures, or prompts (distinct)."""
+    seen, kinds = [row for row in rows if row["split"] == "seen"], defaultdict(list)
+    for (prompt, _), group in by_prompt(seen).items():
+        kinds[prompt].append(len({seen[i]["description"] for i in group}))
+    novelties = per_picture(rows, "novelty")
+    table = {"reward": per_picture(rows, config.reward), "gold": per_picture(rows, config.gold),
+             **{f"gold {family}": per_picture(rows, config.gold, family=family)
+                for family in dict.fromkeys(row["family"] for row in seen)},
+             "gold unseen": per_picture(rows, config.gold, "unseen"),
+             **{name: per_picture(rows, name) for name in config.others},
+             "path KL": per_picture(rows, "path_kl"),
+             "diversity": novelties[~novelties.isnan()],
+             "distinct": [sum(n) / len(n) for n in kinds.values()]}
+    return {name: (*ddpo.mean_se(v), len(v)) for name, v in table.items() if len(v)}
 
 
 def difference(by_model, a, b, metric, split="seen"):
@@ -399,6 +424,8 @@ def table_lines(summaries, extra):
              "|" + " --- |" * (len(columns) + 3)]
     for name, table in summaries.items():
         cells = [("{:.3f} ± {:.3f}".format(*table[c][:2]) if c in table else "–") for c in columns]
+        if name.startswith("best of"):  # the only KL that is not measured
+            cells[columns.index("path KL")] = "≤ {:.3f}".format(table["path KL"][0])
         lines.append("| {} | {} | {:.0f} | {:.0f} |".format(name, " | ".join(cells), *extra[name]))
     return lines
 
@@ -414,12 +441,13 @@ def write_csv(path, rows):
 
 
 FIGURES = dict(
-    same_seeds="Same noise in each column (DPOK, Figure 2): one row a model.",
-    scores="Mean ± standard error of what was trained on and of what was not (DPOK, Figure 3).",
+    same_seeds="Same noise in each column (DPOK, Figure 2): one row a model. Only best of n chose, "
+               "from that noise and others.",
+    scores="Mean ± standard error of the proxy and of what it does not know (DPOK, Figure 3).",
     queries="Reward of freshly drawn pictures against reward queries (DDPO's curves).",
     overoptimization="Proxy and gold against path KL, trained on and on; dots: early stopping.",
     noise="Paid for incompressibility for too long, from top to bottom: the same seeds.",
-    generalization="Gold on prompts trained on and on combinations that no training ever saw.")
+    generalization="Gold on --prompts (seen) and on combinations that no training saw (unseen).")
 
 
 def given_runs(config):
@@ -427,17 +455,16 @@ def given_runs(config):
     for folder in config.runs:
         if not Path(folder, "model", "model_index.json").is_file():
             raise ValueError(f"--runs {folder}: no finished run; its model/ is missing")
-        if config.runs.count(folder) > 1:
-            raise ValueError(f"--runs {folder}: given twice")
-    names = [Path(folder).name for folder in config.runs]  # two may have one name
+    folders = [Path(folder).resolve() for folder in config.runs]
+    if len(set(folders)) < len(folders):
+        raise ValueError("--runs: a folder is given twice")
+    names = [folder.name.replace("|", "_") for folder in folders]  # two may have one name
     return {name if names.count(name) == 1 and name != "pretrained" else folder: f"{folder}/model"
             for name, folder in zip(names, config.runs)}
 
 
 def compare(config):
     """Trains what is missing, evaluates everything, writes tables, figures, claims, index.html."""
-    ddpo.at_least(config, rounds=1, prompts_per_round=1, samples_per_prompt=2, long_rounds=0,
-                  long_samples=2, samples=2, seeds=1, num_steps=1, batch_size=1)
     out, wanted = Path(config.out), {} if config.runs else jobs(config)
     asked, measures = plan(config), Measures(config)  # whatever is wrong shows before training
     base = mdp.load_pipeline(config.model, config.device)
@@ -453,12 +480,16 @@ def compare(config):
     budget = config.rounds * config.prompts_per_round * config.samples_per_prompt
     n = max(2, budget // sum(split == "seen" for _, split, _ in asked))
     rows, vectors, pictures, curves, extra = {}, {}, {}, defaultdict(list), {}
+    seeds = 1 if config.runs else config.seeds
     for label, seed, path in tqdm(models, "evaluating", unit="model"):
         got = evaluate(label, seed, path, base, asked, measures, config)
         keep(got, label, rows, vectors, pictures)
         metrics = read_metrics(Path(path).parent) if label != "pretrained" else []
-        curves[label] += [metrics] * bool(metrics and "reward" in metrics[0])
-        seconds = sum(row.get("seconds", 0.0) for row in metrics) / config.seeds
+        settings = Path(path).with_name("config.json")  # only equal rewards share an axis
+        if metrics and json.loads(settings.read_text()).get("reward") == config.reward:
+            curves[label].append(metrics)
+        seconds = sum(value for row in metrics for key, value in row.items()
+                      if key == "seconds" or key.endswith("_s")) / seeds
         extra[label] = (metrics[-1]["queries"] if metrics else 0,
                         extra.get(label, (0, 0))[1] + seconds)
     if not config.runs:
@@ -484,7 +515,8 @@ def compare(config):
     (out / "claims.md").write_text("".join(f"- {line}\n" for line in said), encoding="utf-8")
 
     draw_figures(out, asked, rows, summaries, pictures, curves, long, config)
-    note = f"<p>Trained on {config.reward}; meant: {config.gold}. Mean ± standard error.</p>"
+    note = (f"<p>{'Measured' if config.runs else 'Trained on'}: {config.reward}; meant: "
+            f"{config.gold}. Mean ± standard error.</p>")
     quick = "<p><b>A quick tour: far too little training to conclude anything.</b></p>"
     figures.page(out / "index.html", table, said, FIGURES, quick * config.quick + note)
     return summaries, said
@@ -504,8 +536,9 @@ def draw_figures(out, asked, rows, summaries, pictures, curves, long, config):
     names = {"reward": f"reward: {config.reward}", "gold": f"gold: {config.gold}"}
     panels = {names.get(column, column): {
         model: table[column] for model, table in summaries.items() if column in table}
-        for column in ("reward", "gold", config.others[0], "diversity")}
-    figures.bars(out / "scores.png", panels, quick + "Mean ± standard error on prompts trained on")
+        for column in ("reward", "gold", *config.others[:1], "diversity")}
+    panels = {name: models for name, models in panels.items() if models}
+    figures.bars(out / "scores.png", panels, quick + "Mean ± standard error on the seen prompts")
 
     groups = defaultdict(dict)
     for model in rows:
@@ -515,7 +548,7 @@ def draw_figures(out, asked, rows, summaries, pictures, curves, long, config):
                 golds[f"{row['family']}\n{row['split']}"].append(row[config.gold])
             groups[model] = {name: ddpo.mean_se(values) for name, values in golds.items()}
     figures.groups(out / "generalization.png", groups, config.gold,
-                   quick + "Trained prompts, and combinations no training ever saw")
+                   quick + "Seen prompts, and combinations that no training saw")
 
     lines = {}
     for model in filter(curves.get, curves):
@@ -572,11 +605,12 @@ def write_ballot(config, pairs_per_family=4):
 def main(argv=None):
     config = mdp.parse_config(Config, __doc__, argv)
     start = time.perf_counter()
+    if config.quick:
+        config = mdp.parse_config(Tour, __doc__, argv)
     out = "runs/quick" if config.quick else "runs/eval_runs" if config.runs else "runs/eval"
-    tour = dict(rounds=4, samples_per_prompt=4, long_rounds=8, long_samples=16, samples=12)
-    tour = {key: value for key, value in tour.items()  # flags that were given stay
-            if config.quick and getattr(config, key) == getattr(Config, key)}
-    config = replace(config, out=config.out or out, **tour)
+    config = replace(config, out=config.out or out)
+    ddpo.at_least(config, rounds=1, prompts_per_round=1, samples_per_prompt=2, long_rounds=0,
+                  long_samples=2, samples=2, seeds=1, num_steps=1, batch_size=1)
     if config.votes:
         return print(ballot.count_votes(config.votes, Path(config.out)))
     if config.ballot:

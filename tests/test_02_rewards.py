@@ -7,6 +7,7 @@ import json
 import math
 import re
 from importlib import import_module
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -157,7 +158,7 @@ def test_broken_rewards_are_named(values, said):
     def broken(images, prompts):
         return values
 
-    with pytest.raises(ValueError, match="--reward broken.*" + said):
+    with pytest.raises(ValueError, match="^reward broken.*" + said):
         rewards.score(broken, [None] * 2, ["a", "b"])
 
 
@@ -757,7 +758,7 @@ def test_a_broken_term_is_named_and_its_picture_saved(tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "broken", lambda images, prompts: [1.0, math.nan])
     rewards.REWARDS["broken"].__name__ = "broken"
     images = [picture(), picture(("circle", "red", 20, 30, 8))]
-    with pytest.raises(ValueError, match="--reward broken.*nan.*'a blue star'") as error:
+    with pytest.raises(ValueError, match="^reward broken.*nan.*'a blue star'") as error:
         rewards.score(rewards.get_reward("compressibility=1,broken=0.5"), images,
                       ["x", "a blue star"])
     file = re.search(r"see (\S+)", str(error.value))[1]
@@ -813,7 +814,7 @@ def test_what_is_no_number_for_each_picture_is_named(values):
     def mine(images, prompts):
         return values
 
-    with pytest.raises(ValueError, match="--reward mine: not a number for each picture"):
+    with pytest.raises(ValueError, match="^reward mine: not a number for each picture"):
         rewards.score(mine, [None], ["x"])
 
 
@@ -834,9 +835,27 @@ def test_spearman_by_hand():
     tied = torch.tensor([5.0, 5.0, 7.0, 6.0])  # ranks 1.5, 1.5, 4, 3
     want = np.corrcoef([1, 2, 3, 4], [1.5, 1.5, 4, 3])[0, 1]
     assert rewards.spearman(a, tied).item() == pytest.approx(want)
+    assert rewards.spearman(a[:1], a[:1]).isnan()
 
 
 # ---- what main prints and draws ------------------------------------------------------------
+
+
+def test_own_reward_file_may_hold_a_dataclass_and_import_its_neighbor(tmp_path):
+    (tmp_path / "neighbor_of_mine.py").write_text("K = 3\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from neighbor_of_mine import K\n@dataclass\nclass C:\n    k: int = K\n"
+        "def f(images, prompts):\n    return [C().k for _ in images]\n")
+    assert rewards.get_reward(f"{tmp_path}/mine.py:f")([1, 2], ["a", "b"]) == [3, 3]
+
+
+@pytest.mark.parametrize("out", ["plain", "x.bmpx"])
+def test_a_picture_needs_a_pictures_name(out, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewards.mdp, "load_pipeline", None)
+    with pytest.raises(ValueError, match=f"--out {out}: the name must end in"):
+        rewards.main(["--out", out])
 
 
 def test_main_prints_means_of_each_prompt_and_rank_correlations(tmp_path, monkeypatch, capsys):
@@ -862,6 +881,17 @@ def test_the_judge_reads_pictures_also_after_the_vae():
     rows = [line.split() for line in said.splitlines()[2:]]
     assert [row[0] for row in rows] == list(shapes.FAMILIES)
     assert all(float(share.strip("%")) >= 80 for row in rows for share in row[1:])
+
+
+def test_the_judges_report_tells_drawn_from_decoded(monkeypatch):
+    vae = rewards.mdp.load_pipeline("tiny_sd", "cpu").vae
+    asked, exam, decode = [], judge.exam, vae.decode
+    monkeypatch.setattr(judge, "exam", lambda *args: asked.append(args) or exam(*args))
+    gray = lambda z: SimpleNamespace(sample=0 * decode(z).sample)  # noqa: E731
+    monkeypatch.setattr(vae, "decode", gray)
+    rows = [line.split() for line in judge.report(vae, n=4).splitlines()[2:]]
+    assert asked == [(family, 4) for family in shapes.FAMILIES]
+    assert all(float(row[1].strip("%")) >= 75 and row[2] == "0.0%" for row in rows)
 
 
 # ---- the twins ------------------------------------------------------------------------------

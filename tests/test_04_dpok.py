@@ -779,7 +779,7 @@ def test_evaluation_is_on_the_same_seeds_and_measured_from_the_pretrained(tmp_pa
         assert before["prompts"] == [many[i] for i in want]
         assert before["gold"].tolist() == [0, 1, 2, 3, 4] and before["kl"].max() < 1e-6
         after = dpok.evaluate(pipe, None, before["prompts"], brightness, gold, config)
-        run = mdp.rollout(pipe, before["prompts"], 3, seed=2**40 + 1, batch_size=4)
+        run = mdp.rollout(pipe, before["prompts"], 3, seed=mdp.FRESH + 1, batch_size=4)
         fresh.scheduler.set_timesteps(3)
         pre, std = dpok.step_means(fresh, run, config)
         kl = ((run.means - pre) ** 2).sum((2, 3, 4)) / (2 * std**2)
@@ -828,6 +828,28 @@ def test_sweep(tmp_path, capsys, monkeypatch):
             assert float(text) == pytest.approx(mean, abs=0.051)
 
 
+def test_a_second_sweep_harms_nothing_of_the_first(tmp_path, capsys, monkeypatch):
+    (tmp_path / "sweep_beta_0.1").mkdir()
+    monkeypatch.setattr(dpok, "train", None)
+    with pytest.raises(ValueError, match="--sweep: .*sweep_beta_0.1 is there already"):
+        dpok.main([*TINY, "--sweep", "0", "0.1", "--out", str(tmp_path)])
+    monkeypatch.undo()
+    (tmp_path / "sweep.png").write_bytes(b"precious")
+    dpok.main([*TINY, "--sweep", "0.1", "0.2", "--name", "other", "--out", str(tmp_path)])
+    assert (tmp_path / "sweep.png").read_bytes() == b"precious"
+    assert (tmp_path / "other.png").stat().st_size > 5000
+
+
+def test_the_lemma_hears_eta(tmp_path, capsys):
+    said = []
+    for eta in ("1", "0.5"):
+        dpok.main(["--lemma", "--eta", eta, "--out", str(tmp_path)])
+        said.append(capsys.readouterr().out)
+    kl, bound = dpok.gaussian_chains(mdp.load_pipeline("tiny_sd", "cpu").scheduler, 5, 0.1, 0.5,
+                                     0.0, 0.5, 0.5)
+    assert said[0] != said[1] and f"{kl:.4f} ≤ {bound:8.4f}" in said[1]
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--method", "ddpo", "--beta", "0.1"], "--method ddpo"), (["--beta", "-1"], "--beta"),
     (["--target-kl", "0"], "--target-kl"), (["--keep", "2"], "--keep"),
@@ -835,8 +857,12 @@ def test_sweep(tmp_path, capsys, monkeypatch):
     (["--method", "sft", "--target-kl", "3"], "--target-kl"),
     (["--method", "sft", "--kl", "mse"], "--kl"), (["--updates-per-round", "5"], "--updates-per-"),
     (["--target-kl", "3", "--beta", "0"], "--target-kl"),
-    (["--method", "ddpo", "--sweep", "0", "0.1"], "--method ddpo"), (["--temperature", "0"],
-                                                                     "--temp"),
+    (["--method", "ddpo", "--sweep", "0", "0.1"], "--method ddpo"),
+    (["--method", "sft", "--temperature", "0"], "--temp"), (["--temperature", "2"], "--temp"),
+    (["--method", "ddpo", "--kl", "mse"], "--kl"), (["--method", "ddpo", "--no-value"], "--value"),
+    (["--method", "sft", "--alpha", "2"], "--alpha"), (["--sweep", "0.1", "0.1"], "--sweep"),
+    (["--sweep", "0.1", "0.2", "--beta", "1"], "--beta"), (["--gold", "beauty"], "--gold beauty"),
+    (["--gold", "beauty=1"], "--gold beauty"), (["--gold", "no.py:f"], "--gold no.py:f"),
     (["--prompts", "a red dog"], "'dog'"), (["--prompts", "dogs.txt"], "--prompts dogs.txt"),
     (["--lora-targets", "to_z"], "--lora-targets"), (["--alpha", "0"], "--alpha"),
 ])
@@ -853,7 +879,8 @@ def test_prompt_sets():
         "Four roses"]
     assert "four stars" in dpok.get_prompts("tasks") and len(dpok.get_prompts("tasks")) == 5
     assert dpok.get_prompts("a red circle") == ["a red circle"]
-    assert dpok.get_prompts("bias") == ["four stars"]
+    assert dpok.get_prompts("bias") == ["four stars"] and dpok.get_prompts("bias ") == ["bias"]
+    assert dpok.get_prompts(long := 99 * "a star ") == [long.strip()]
 
 
 def test_learning_on_the_tiny_model(tmp_path):

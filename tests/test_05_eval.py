@@ -98,6 +98,27 @@ def test_pairs_average_the_seeds_and_keep_the_pictures_order():
     assert all(d["beyond_chance"] for d in found)
 
 
+def test_error_of_diversity_is_how_much_it_varies_from_sample_to_sample():
+    """500 samples of 40 pictures: their diversities spread as much as one sample's error says."""
+    generator, means, errors = torch.Generator().manual_seed(0), [], []
+    for _ in range(500):
+        f = torch.randn(40, 4, generator=generator) + torch.tensor([2.0, 0, 0, 0])
+        rows = rows_of("A", ev.novelty(f).tolist())
+        mean, error = ev.ddpo.mean_se(ev.per_picture(rows, "novelty"))
+        means.append(mean)
+        errors.append(error)
+    assert sum(errors) / 500 == pytest.approx(torch.tensor(means).std().item(), rel=0.1)
+
+
+def test_several_seeds_of_a_picture_are_one_picture():
+    rows = [row | dict(path_kl=2.0, a=1.0, description=f"{row['picture']} {seed}" * seed)
+            for seed in (0, 1) for row in rows_of("A", [1.0 + seed, 2.0 + seed, 6.0 + seed], seed)]
+    found = ev.summarize(rows, ev.Config(reward="r", gold="g", others=("a",)))
+    assert found["reward"] == (3.5, pytest.approx(math.sqrt(14 / 2 / 3)), 3)  # 1.5, 2.5, 6.5
+    assert found["distinct"][0] == 2 and found["distinct"][2] == 1  # 1 and 3 descriptions
+    assert found["path KL"] == (2.0, 0.0, 3) and found["gold f"] == found["gold"]
+
+
 def test_plan_puts_seen_prompts_first_and_unseen_ones_are_unseen():
     asked = ev.plan(ev.Config(samples=50))
     splits = [split for _, split, _ in asked]
@@ -158,7 +179,12 @@ def test_a_row_of_the_table_from_the_files_alone(evaluated):
     assert set(values) == set(saved)
     for name, found in values.items():
         mean = sum(found) / len(found)
-        se = math.sqrt(sum((v - mean) ** 2 for v in found) / (len(found) - 1) / len(found))
+        spread = found
+        if name == "diversity":  # deviations from the prompt's own mean count twice
+            of = [row["prompt"] for row in seen]
+            own = {p: [v for v, q in zip(found, of) if q == p] for p in groups}
+            spread = [2 * v - sum(own[p]) / len(own[p]) for v, p in zip(found, of)]
+        se = math.sqrt(sum((v - mean) ** 2 for v in spread) / (len(found) - 1) / len(found))
         assert float(saved[name]["mean"]) == pytest.approx(mean, rel=1e-6, abs=1e-9)
         assert float(saved[name]["standard_error"]) == pytest.approx(se, rel=1e-6, abs=1e-9)
         assert int(saved[name]["N"]) == len(found)
@@ -225,18 +251,52 @@ def test_a_ballot_on_two_given_runs(evaluated, tmp_path):
     key = json.loads((tmp_path / "b/ballot_key.json").read_text())
     assert (key["a"], key["b"]) == ("DDPO_IS_seed0", "RWR_seed0") and len(key["pairs"]) == 10
     for bad in (runs[:1], [*runs, str(evaluated / "train/SFT_seed0")], [runs[0]] * 2):
-        with pytest.raises(ValueError, match="--ballot compares two|given twice"):
+        with pytest.raises(ValueError, match="--ballot compares two|a folder is given twice"):
             ev.main(["--runs", *bad, *flags, "--out", str(tmp_path / "c")])
+
+
+def test_runs_trained_on_another_reward_share_no_axis_and_seconds_are_theirs(evaluated, tmp_path,
+                                                                            monkeypatch):
+    run = tmp_path / "three"
+    shutil.copytree(evaluated / "train/DPOK_seed0/model", run / "model")
+    (run / "config.json").write_text(json.dumps({"reward": "alignment"}))
+    (run / "metrics.csv").write_text("round,queries,reward,reward_se,sample_s,reward_s,update_s\n"
+                                     "1,6,0.5,0.1,10,20,30\n2,12,0.6,0.1,1,2,3\n")
+    runs = ["--runs", str(run), str(evaluated / "train/SFT_seed0"), "--seeds", "3"]
+    flags = ["--samples", "2", "--num-steps", "3", "--device", "cpu", "--out", str(tmp_path / "o")]
+    drawn = []
+    monkeypatch.setattr(ev.figures, "queries", lambda path, lines, *_: drawn.append(lines))
+    ev.main([*runs, *flags])
+    assert set(drawn[0]) == {"SFT_seed0"}
+    table = (tmp_path / "o/table.md").read_text(encoding="utf-8").splitlines()
+    assert table[3].endswith("| 12 | 66 |")
+    seconds = sum(row["seconds"] for row in ev.read_metrics(evaluated / "train/SFT_seed0"))
+    assert table[4].endswith(f"| 20 | {seconds:.0f} |")
+    assert "<p>Measured: image_reward" in (tmp_path / "o/index.html").read_text(encoding="utf-8")
+
+
+def test_best_of_n_has_a_bound_where_others_have_a_measured_kl(evaluated):
+    lines = (evaluated / "table.md").read_text(encoding="utf-8").splitlines()
+    column = [c.split(" (")[0].strip() for c in lines[0].strip("|").split(" | ")].index("path KL")
+    cells = [line.strip("| ").split(" | ")[column] for line in lines[2:]]
+    assert cells[-1] == f"≤ {ev.best_of_n_kl(2):.3f}" and all("±" in cell for cell in cells[:-1])
+
+
+def test_a_prompt_of_one_word_trains_too_long_as_a_prompt(tmp_path):
+    (tmp_path / "f.txt").write_text("a red star\nstar\n")
+    jobs = ev.jobs(ev.Config(prompts=str(tmp_path / "f.txt"), out=str(tmp_path)))
+    assert ev.dpok.get_prompts(jobs["long_beta_0"].prompts) == ["star"]
+    assert ev.dpok.get_prompts(jobs["noise"].prompts) == ["star"]
 
 
 def test_a_quick_tour_keeps_the_flags_that_were_given(monkeypatch):
     seen = []
     monkeypatch.setattr(ev, "write_ballot", seen.append)
-    ev.main(["--quick", "--ballot", "--rounds", "7"])
+    ev.main(["--quick", "--ballot", "--rounds", "20"])
     ev.main(["--ballot"])
     ev.main(["--ballot", "--runs", "x"])
     assert [(c.rounds, c.samples, c.out) for c in seen] == [
-        (7, 12, "runs/quick"), (20, 50, "runs/eval"), (20, 50, "runs/eval_runs")]
+        (20, 12, "runs/quick"), (20, 50, "runs/eval"), (20, 50, "runs/eval_runs")]
 
 
 def test_an_unfinished_run_is_moved_aside_and_another_setting_is_refused(tmp_path, monkeypatch):
@@ -251,7 +311,7 @@ def test_an_unfinished_run_is_moved_aside_and_another_setting_is_refused(tmp_pat
     (done / "model").mkdir(parents=True)
     (done / "model/model_index.json").write_text("{}")
     settings = ev.asdict(jobs["RWR_seed0"])
-    (done / "config.json").write_text(json.dumps(settings))
+    (done / "config.json").write_text(json.dumps(settings | {"eval_samples": 9}))  # not training's
     ev.train_missing(jobs)
     assert set(trained) == set(jobs) - {"RWR_seed0"}
     assert (tmp_path / "train/DPOK_seed0-unfinished-0/metrics.csv").read_text() == "precious"
@@ -265,6 +325,8 @@ def test_an_unfinished_run_is_moved_aside_and_another_setting_is_refused(tmp_pat
     (["--seeds", "0"], "--seeds"), (["--rounds", "0"], "--rounds"),
     (["--reward", "beauty"], "--reward beauty"), (["--long-rounds", "-1"], "--long-rounds"),
     (["--prompts", "a red dog"], "'dog'"), (["--model", "nothing"], "--model nothing"),
+    (["--gold", "beauty"], "--gold beauty"), (["--others", "beauty"], "--others beauty"),
+    (["--ballot", "--seeds", "0"], "--seeds"),
 ])
 def test_bad_input_is_one_line_naming_the_flag(flags, named, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -266,6 +266,17 @@ def test_preference_table_by_hand():
         "| Which picture looks better? | 0.0 ± – % | 100.0 ± – % | 0.0 ± – % | 1 | 2 |"]
 
 
+def test_votes_are_counted_into_votes_md(tmp_path):
+    key = dict(ballot="x", a="A", b="B", pairs=[dict(prompt="p", left="A")])
+    (tmp_path / "ballot_key.json").write_text(json.dumps(key))
+    votes = [dict(pair=0, alignment="left", quality="tie")]
+    (tmp_path / "v.json").write_text(json.dumps(dict(ballot="x", rater="Ann", votes=votes)))
+    said = ballot.count_votes([tmp_path / "v.json"], tmp_path)
+    table = (tmp_path / "votes.md").read_text(encoding="utf-8")
+    assert table.strip() in said and "A preferred | B preferred" in table
+    assert "| 100.0 ± – % | 0.0 ± – %" in table
+
+
 # ---- a real browser -------------------------------------------------------------------------
 
 KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "Backspace": 8, "Tab": 9,

@@ -1,4 +1,7 @@
 """What the figures show: read back from the axes, before they become pixels."""
+import base64
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -108,3 +111,63 @@ def test_bars_and_groups_are_as_high_as_their_means(drawn):
     assert [bar.get_height() for bar in ax.patches] == [1, 2, 3, 4]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["x", "y"]
     assert drawn["g"].get_suptitle() == "title"
+
+
+def spans(ax):
+    """(x, low, high) of every error bar."""
+    return [(round(s[0][0], 3), round(s[0][1], 3), round(s[1][1], 3))
+            for part in ax.collections for s in part.get_segments()]
+
+
+def test_error_bars_labels_and_titles_of_bars_and_groups(drawn):
+    figures.bars("b", {"r": {"A": (1.0, 0.1, 9), "B": (-2.0, 0.2, 9)}}, "title")
+    ax = drawn["b"].axes[0]
+    assert spans(ax) == [(0, 0.9, 1.1), (1, -2.2, -1.8)]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "B"] and ax.get_title() == "r"
+    figures.groups("g", {"A": {"x": (1.0, 0.1)}, "B": {"x": (3.0, 0.2)}}, "r", "title")
+    ax = drawn["g"].axes[0]
+    assert [bar[1:] for bar in spans(ax)] == [(0.9, 1.1), (2.8, 3.2)]
+    sets = [bars for bars in ax.containers if hasattr(bars, "patches")]
+    assert {bars.get_label(): bars[0].get_height() for bars in sets} == {"A": 1, "B": 3}
+
+
+def lines_of(ax):
+    return {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+
+
+def test_every_line_has_its_own_label_and_every_axis_its_title(drawn, tmp_path):
+    y = torch.tensor([[1.0, 2.0]])
+    figures.queries("q", {"A": ([10, 20], y), "B": ([10, 20], y + 4)}, "r", "title")
+    ax = drawn["q"].axes[0]
+    assert lines_of(ax) == {"A": [1, 2], "B": [5, 6]}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("reward queries", "r")
+    runs = {f"β = {i}": ([dict(kl=1.0 + i, reward=2.0 + i, gold=3.0 + i)], 0) for i in (0, 1)}
+    figures.overoptimization("o", runs, dict(reward="r", gold="g"), "title")
+    reward, gold = drawn["o"].axes
+    assert (reward.get_title(), gold.get_title()) == ("reward: r", "gold: g")
+    assert lines_of(reward)["β = 0"] == [2] and lines_of(gold)["β = 1"] == [4]
+    figures.bounds("l", {5: [(0.1, 0.2), (1.0, 3.0)], 10: [(0.1, 0.15), (1.0, 2.0)]})
+    found = lines_of(drawn["l"].axes[0])
+    assert (found["T = 5"], found["T = 10"]) == ([0.2, 3], [0.15, 2])
+    figures.sweep("s", [(0.0, (300.0, 8.0), (-0.6, 0.1), (0.8, 0.02))], ("proxy", "gold"))
+    assert [spans(ax)[0] for ax in drawn["s"].axes] == [(300, -0.7, -0.5), (300, 0.78, 0.82)]
+    assert [ax.get_title() for ax in drawn["s"].axes] == ["proxy", "gold"]
+    ends = dict(reward=(torch.zeros(2), torch.ones(2)))
+    figures.curves("c", [dict(queries=8, reward=0.5, reward_se=0.1)], ends, dict(reward="Title"))
+    assert drawn["c"].axes[0].get_title() == "Title"
+    Image.new("RGB", (240, 120)).save(tmp_path / "p.png")
+    figures.frame("f", tmp_path / "p.png", "what it shows")
+    assert drawn["f"].get_suptitle() == "what it shows"
+
+
+def test_page_puts_each_caption_under_its_figure(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    figures.page(tmp_path / "i.html", ["| a | b |", "| --- | --- |", "| 1 | 2 |"], ["said"],
+                 dict(one="First.", two="Second.", missing="Third."), "<p>note</p>")
+    text = (tmp_path / "i.html").read_text()
+    found = re.findall(r"base64,([^']*)'><figcaption>([^<]*)<", text)
+    assert [(base64.b64decode(data).decode(), caption) for data, caption in found] == [
+        ("one", "First."), ("two", "Second.")]
+    assert "Third" not in text and "<p>note</p>" in text
+    assert "<td>1</td><td>2</td>" in text and "<li>said</li>" in text

@@ -1,6 +1,7 @@
 """The scripts as users start them, and what bad input gets: one line, exit code 2, no harm."""
 import csv
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -61,6 +62,14 @@ def test_dpok_from_another_directory(tmp_path):
     assert f"| {folder.name} |" in table
 
 
+def test_a_log_that_cannot_hold_greek_loses_no_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "04_dpok.py"), *TINY, "--prompts", "tasks"], cwd=tmp_path,
+        capture_output=True, timeout=300, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert b"KL_t, nats" in done.stdout and list(tmp_path.glob("runs/*/model"))
+
+
 def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
     config = ddpo.Config(rounds=2, prompts_per_round=2, samples_per_prompt=3, num_steps=3,
                          eval_samples=4, device="cpu", out=str(tmp_path), seed=0,
@@ -88,6 +97,8 @@ def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
     (["--samples-per-prompt", "1"], "--samples-per-prompt"),
     (["--updates-per-round", "7"], "--updates-per-round"),
     (["--estimator", "sf", "--updates-per-round", "2"], "--estimator sf"),
+    (["--prompts-per-round", "1", "--samples-per-prompt", "1", "--baseline", "running"],
+     "--updates-per-round"),
     (["--timestep-fraction", "0"], "--timestep-fraction"),
     (["--clip-range", "1.5"], "--clip-range"),
     (["--eta", "0"], "--eta 0"),
@@ -98,7 +109,7 @@ def test_train_is_repeatable_and_saves_what_it_trained(tmp_path):
     (["--model", "no_such_model"], "--model no_such_model"),
     (["--device", "abacus"], "--device abacus"),
     (["--rounds"], "--rounds"),
-    (["--seed", "x"], "--seed"),
+    (["--seed", "x"], "--seed"), (["--seed", "-1"], "--seed"), (["--seed", str(2**30)], "--seed"),
 ])
 def test_bad_input_is_one_line_naming_the_flag(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -130,6 +141,6 @@ def test_a_broken_reward_stops_the_run_before_it_starts(values, named, tmp_path,
         mdp.run_main(lambda: ddpo.main([*TINY, "--reward", "broken", "--out",
                                         str(tmp_path / "runs")]))
     said = capsys.readouterr().err
-    assert exit.value.code == 2 and "--reward broken" in said and named in said
+    assert exit.value.code == 2 and ": reward broken" in said and named in said
     left = [file.name for file in (tmp_path / "runs").glob("*")]
     assert left == (["bad_reward.png"] if "nan" in named else [])  # the picture, and no run

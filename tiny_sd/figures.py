@@ -133,8 +133,8 @@ def bars(path, panels, title):
                                   panels.items()):
         ax.bar(range(len(models)), [v[0] for v in models.values()],
                yerr=[v[1] for v in models.values()], capsize=3, color="tab:blue")
-        ax.set_xticks(range(len(models)), [model[-20:] for model in models], rotation=40,
-                      ha="right", size=8)
+        ax.set_xticks(range(len(models)), [textwrap.fill(model, 20) for model in models],
+                      rotation=40, ha="right", size=8)
         ax.set_title(name, size=9)
         ax.axhline(0, lw=0.5, color="black")
     titled(figure, path, title)
