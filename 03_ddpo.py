@@ -23,13 +23,13 @@ and c_t = ∂μ/∂ε. The weight |c_t|/σ_t is about 1 at every step but the se
 (128, against 57 at the last step and 7 to 16 at the others, for 128 pictures of the tiny model).
 `--step-weight sigma` multiplies each step's term by σ_t/|c_t| (mean 1). That departs from the
 paper: the sum is no longer ∇J, only its terms with other positive weights; `--step-weight none` is
-the paper. Measured gains of sigma and none: 0.27 and 0.23 (20 rounds, seed 0), 0.36 and 0.31 (30
+the paper. Measured gains of sigma and none: 0.27 and 0.20 (20 rounds, seed 0), 0.31 and 0.24 (30
 rounds, seed 1), each ± 0.04.
 
 HOW TO RUN. `python 03_ddpo.py` teaches the tiny model to put shapes where the prompt says ("a blue
 star on the left"): 30 rounds, 3840 reward queries, two minutes on two CPU cores, 0.8 GB of memory.
-Expect alignment on fresh seeds to rise from 0.68 ± 0.04 to about 0.98 ± 0.01. Then try
-`--prompts bias` ("four stars", at first a yellow circle), `--prompts composition` (harder), or
+Expect alignment on fresh seeds to rise from 0.70 ± 0.04 to about 0.98 ± 0.01. Then try
+`--prompts bias` ("four stars", at first a yellow circle), `--prompts count` (harder), or
 `--reward compressibility`. Pictures, curve and the tuned model are in runs/.
 
 DEPARTURES. Log-probs are summed over the latent and the ratio is exact; `--ratio per_dim` is the

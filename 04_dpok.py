@@ -25,8 +25,8 @@ nobody can compute, for chains that start from the same noise:
 
 HOW TO RUN. `python 04_dpok.py` cures "four stars", which the pretrained model takes for a brand's
 yellow circle: 20 rounds, 1280 reward queries, a minute and a half on two CPU cores. Expect the
-proxy to rise from −1.83 ± 0.04 to about −0.9, alignment (never trained on) from 0.12 ± 0.03 to
-about 0.88, at some 33 nats. `--beta 0` gets the same alignment at 300 nats. Others:
+proxy to rise from −1.82 ± 0.04 to about −0.9, alignment (never trained on) from 0.17 ± 0.03 to
+about 0.87, at some 33 nats. `--beta 0` gets the same alignment at 330 nats. Others:
 
     python 04_dpok.py --prompts tasks --prompts-per-round 5 --samples-per-prompt 16
     python 04_dpok.py --sweep 0 0.01 0.03 0.1 0.3      KL, proxy and gold by β: a table and a plot
@@ -35,12 +35,12 @@ about 0.88, at some 33 nats. `--beta 0` gets the same alignment at 300 nats. Oth
 WHERE THE NATS GO. KL_t = ½(c_t/σ_t)²·‖ε_θ − ε_pre‖², and ½(c_t/σ_t)² is about 0.5 at every step but
 the second-to-last, where it is 34.6 (T = 10): most of the path KL is paid there, for a late step
 that can no longer move a shape. The published code's "KL" is the unweighted mean square (`--kl
-mse`): held to the same alignment (--beta 3: 0.88) it lets the path KL grow to 189 nats, 172 of them
+mse`): held to the same alignment (--beta 3: 0.85) it lets the path KL grow to 194 nats, 178 of them
 at that step.
 
 DEPARTURES. The reward's term has chapter 3's step weights (`--step-weight none`: the paper); the KL
 has none. V lags behind the policy, so the mean of r − V over the prompt's other pictures is taken
-off too; V is fitted on earlier rounds only. It takes away a third of the gradient's variance on
+off too; V is fitted on earlier rounds only. It takes away nearly half of the gradient's variance on
 five prompts and nothing on one. Adapters are also on the convolutions, at rank 16 and a learning
 rate of 1e-3; the paper has rank 4 on attention alone. α = 1, β = 0.01; published: 10 and 0.01 for
 one prompt, with the unweighted "KL".
