@@ -180,6 +180,7 @@ def groups(path, models, name, title):
                label=model)
     ax.set_xticks(range(len(stats)), list(stats), size=8)
     ax.set_ylabel(name)
+    ax.margins(y=0.15)  # room for the legend
     ax.legend(fontsize=7, ncol=len(models))
     titled(figure, path, title)
 
