@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -343,7 +344,8 @@ def test_ballot_from_runs_to_rates(evaluated, tmp_path, capsys):
     key = json.loads((evaluated / "ballot_key.json").read_text())
     assert len(key["pairs"]) == 15 and (key["a"], key["b"]) == ("DPOK", "SFT")
     page = (evaluated / "ballot.html").read_text(encoding="utf-8")
-    assert "DPOK" not in page and "SFT" not in page and key["ballot"] in page
+    bare = re.sub("base64,[A-Za-z0-9+/=]+", "", page)  # where any three letters may meet
+    assert "DPOK" not in bare and "SFT" not in bare and key["ballot"] in bare
     sides = ["left" if pair["left"] == "DPOK" else "right" for pair in key["pairs"]]
     votes = [dict(pair=i, alignment=side, quality="tie") for i, side in enumerate(sides)]
     file = tmp_path / "votes_ann.json"
