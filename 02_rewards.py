@@ -219,8 +219,7 @@ REWARDS = dict(compressibility=compressibility, incompressibility=incompressibil
 def get_reward(spec, models=Models(), device=None, flag="--reward"):
     """A reward by name, from path/to/file.py:function, or a sum from name=weight,name=weight.
 
-    Models are loaded here, once, onto the device; ValueError, which names the flag, for whatever is
-    unknown or not there.
+    Models are loaded once, onto the device; ValueError, naming the flag, for what is not there.
     """
     if "=" in spec.rpartition(":")[2]:  # and not in the path of a file
         return weighted_sum(spec, models, device, flag)
@@ -305,11 +304,8 @@ def score(reward, images, prompts, folder="runs"):
 
 
 def spearman(a, b):
-    """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()
-
-    NaN for a single pair.
-    """
-    if len(a) < 2:
+    """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()"""
+    if len(a) < 2:  # of one pair there is none
         return torch.tensor(torch.nan)
 
     def ranks(x):
