@@ -1,11 +1,9 @@
 """The networks behind chapter 2's learned rewards, and how their published weights get into them.
 
-Nothing here is about reinforcement learning; skip it on a first reading. Each class takes the
-sizes of its layers from the weights, so that published model and tiny twin are the same code.
-Whatever is missing, left over or misshapen in a file becomes one ValueError that names the flag,
-the file, the key, and where the right file comes from.
+Nothing here is a lesson. Each class takes the sizes of its layers from the weights, so that the
+published model and its tiny twin are the same code. Whatever is missing, left over or misshapen in
+a file becomes one ValueError: the flag, the file, the key, and where the right file comes from.
 """
-import json
 import re
 from pathlib import Path
 
@@ -27,7 +25,10 @@ PIXEL_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0
 
 def find(name):
     """The file or folder of that name here or beside the scripts, else None (it is the hub's)."""
-    return next((path for path in (Path(name), HERE / name) if path.exists()), None)
+    for path in (Path(name), HERE / name):
+        if path.exists():
+            return path
+    return None
 
 
 def read_weights(name, flag, source):
@@ -37,8 +38,8 @@ def read_weights(name, flag, source):
         if path is None:
             owner, repo, *file = str(name).split("/")
             path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file)))
-        read = load_file if path.suffix == ".safetensors" else torch.load
-        weights = read(path) if read is load_file else read(path, "cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         return {key: v.float() if v.is_floating_point() else v for key, v in weights.items()}
     except Exception as error:  # a bad name, no network, no such format: one to the reader
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:160]
@@ -48,26 +49,31 @@ def read_weights(name, flag, source):
 
 def load_exactly(model, weights, where):
     """model.load_state_dict, but one line names the first key missing, left over or misshapen."""
-    have, want = ({key: tuple(value.shape) for key, value in named.items()}
-                  for named in (weights, model.state_dict()))
-    for what, keys in (("lacks the key", want.keys() - have.keys()),
-                       ("has a key that does not belong:", have.keys() - want.keys()),
-                       ("has the wrong shape at", {k for k in want if have.get(k) != want[k]})):
+    have, want = shapes_of(weights), shapes_of(model.state_dict())
+    problems = {"lacks the key": want.keys() - have.keys(),
+                "has a key that does not belong:": have.keys() - want.keys(),
+                "has the wrong shape at": {key for key in want if have.get(key) != want[key]}}
+    for problem, keys in problems.items():
         if keys:
             key = min(keys)
-            raise ValueError(f"{where} {what} {key} {have.get(key, '')} (want {want.get(key)}, "
-                             f"{len(keys) - 1} more such)")
+            raise ValueError(f"{where} {problem} {key} {have.get(key, '')} "
+                             f"(want {want.get(key)}, {len(keys) - 1} more such)")
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
-def from_hub(kind, name, flag, source, **how):
+def shapes_of(weights):
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+def from_hub(kind, name, flag, source, **options):
     """kind.from_pretrained(folder or hub name); ValueError that names flag and source."""
     logging = transformers.utils.logging
     logging.set_verbosity_error()  # but a download of gigabytes should show that it moves
-    (logging.disable_progress_bar if find(name) else logging.enable_progress_bar)()
+    show_progress = logging.disable_progress_bar if find(name) else logging.enable_progress_bar
+    show_progress()
     try:
-        return kind.from_pretrained(find(name) or name, **how)
+        return kind.from_pretrained(find(name) or name, **options)
     except Exception as error:  # the loaders raise nearly every type there is
         reason = str(error).strip().split("\n")[0][:160]
         raise ValueError(f"{flag} {name}: no such folder, and the hub does not help; "
@@ -78,12 +84,16 @@ def from_hub(kind, name, flag, source, **how):
 
 
 def clip_pixels(images, size, device):
-    """(picture/255 − mean) / std, bicubic, center crop.  B PIL -> (B,3,size,size)"""
+    """(picture/255 − mean) / std, bicubic, center crop.  B PIL -> (B,3,size,size)
+
+    In transformers' order: RGB first, then resized to sides that are rounded down, then cropped. On
+    some odd sizes ImageReward's own code cuts one pixel elsewhere.
+    """
     rows = []
     for image in images:
-        scaled = [int(size * side / min(image.size)) for side in image.size]
-        left, top = [(side - size) // 2 for side in scaled]
-        image = image.convert("RGB").resize(scaled, Image.Resampling.BICUBIC)
+        width, height = [int(size * side / min(image.size)) for side in image.size]
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         rows.append(pixels.view(size, size, 3))
@@ -119,21 +129,20 @@ def load_laion_mlp(file, width):
 
 # ---- ImageReward's BLIP ----------------------------------------------------------------------
 
-BLIP_KEYS = [  # published name -> name in transformers' BLIP; the first pattern that fits decides
-    (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
-    (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
-    (r"blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision.encoder.layers.\1.layer_norm\2."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.",
-     r"vision.encoder.layers.\1.self_attn.qkv."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.",
-     r"vision.encoder.layers.\1.self_attn.projection."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
-    (r"blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
-    (r"blip\.text_encoder\.embeddings\.position_ids", None),  # 0, 1, 2, ...: not a weight
+VISION = r"blip\.visual_encoder\."
+LAYER = VISION + r"blocks\.(\d+)\."
+BLIP_KEYS = [  # published name -> name in transformers' BLIP, which fits no other pattern
+    (VISION + r"cls_token", "vision.embeddings.class_embedding"),
+    (VISION + r"pos_embed", "vision.embeddings.position_embedding"),
+    (VISION + r"patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (LAYER + r"norm(\d)\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (LAYER + r"attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (LAYER + r"attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (LAYER + r"mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (VISION + r"norm\.", "vision.post_layernorm."),
+    (r"blip\.text_encoder\.embeddings\.position_ids", "unused."),  # 0, 1, 2, ...: not a weight
     (r"blip\.text_encoder\.", "text."),
-    (r"blip\.(vision|text)_proj\.", None),  # of a loss that ImageReward never uses
-    (r"mlp\.layers\.", "mlp.layers."),
+    (r"blip\.(vision|text)_proj\.", "unused."),  # of a loss that ImageReward never uses
 ]
 
 
@@ -141,9 +150,10 @@ def from_blip_keys(weights):
     """State dict with ImageReward's published names -> with this file's; unknown ones stay."""
     renamed = {}
     for key, value in weights.items():
-        pattern, new = next((rule for rule in BLIP_KEYS if re.match(rule[0], key)), ("", ""))
-        if new is not None:
-            renamed[re.sub("^" + pattern, new, key)] = value
+        for pattern, name in BLIP_KEYS:
+            key = re.sub("^" + pattern, name, key)
+        if not key.startswith("unused."):
+            renamed[key] = value
     return renamed
 
 
@@ -156,30 +166,31 @@ class ImageRewardModel(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        vision_layers, text_layers = (
-            len({key.split(".")[3] for key in shape if key.startswith(prefix)})
-            for prefix in ("vision.encoder.layers.", "text.encoder.layer."))
+        vision = {key.split(".")[3] for key in shape if key.startswith("vision.encoder.layers.")}
+        text = {key.split(".")[3] for key in shape if key.startswith("text.encoder.layer.")}
         width, _, patch, _ = shape["vision.embeddings.patch_embedding.weight"]
-        words, text_width = shape["text.embeddings.word_embeddings.weight"]
-        grid = round((shape["vision.embeddings.position_embedding"][1] - 1) ** 0.5)
+        places = shape["vision.embeddings.position_embedding"][1]
+        grid = round((places - 1) ** 0.5)  # patches a side; one place is no patch's
         self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
-            hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=vision_layers,
-            intermediate_size=shape["vision.encoder.layers.0.mlp.fc1.weight"][0], patch_size=patch,
-            image_size=patch * grid, layer_norm_eps=1e-6))  # timm's, where transformers has 1e-5
+            patch_size=patch, image_size=patch * grid,
+            hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=len(vision),
+            intermediate_size=shape["vision.encoder.layers.0.mlp.fc1.weight"][0],
+            layer_norm_eps=1e-6))  # timm's, where transformers has 1e-5
+        words, text_width = shape["text.embeddings.word_embeddings.weight"]
         self.text = transformers.BlipTextModel(transformers.BlipTextConfig(
-            vocab_size=words, bos_token_id=None, sep_token_id=None, hidden_size=text_width,
-            num_attention_heads=text_width // 64, num_hidden_layers=text_layers,
-            encoder_hidden_size=width,
-            intermediate_size=shape["text.encoder.layer.0.intermediate.dense.weight"][0],
+            vocab_size=words, bos_token_id=None, sep_token_id=None,
             max_position_embeddings=shape["text.embeddings.position_embeddings.weight"][0],
+            hidden_size=text_width, encoder_hidden_size=width,
+            num_attention_heads=text_width // 64, num_hidden_layers=len(text),
+            intermediate_size=shape["text.encoder.layer.0.intermediate.dense.weight"][0],
             layer_norm_eps=1e-12), add_pooling_layer=False)
         self.mlp = LaionMLP(text_width)
 
     def forward(self, pixels, ids, mask):
-        seen = self.vision(pixels).last_hidden_state
+        image_tokens = self.vision(pixels).last_hidden_state
         # BLIP's matching head starts with [ENC]; ImageReward keeps BERT's [CLS], and reads it out.
-        h = self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        return self.mlp(h[:, 0])
+        h = self.text(ids, attention_mask=mask, encoder_hidden_states=image_tokens)
+        return self.mlp(h.last_hidden_state[:, 0])
 
 
 def load_image_reward(file):
@@ -188,13 +199,14 @@ def load_image_reward(file):
     weights = from_blip_keys(read_weights(file, flag, source))
     where = f"{flag} {file}: it should be {source}; under transformers' names it"
     try:
-        model = ImageRewardModel({key: tuple(value.shape) for key, value in weights.items()})
+        model = ImageRewardModel(shapes_of(weights))
     except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where} lacks the key or has the wrong shape at {error}") from error
     model = load_exactly(model, weights, where)
-    beside = find(file) and (find(file).parent / "tokenizer_config.json").is_file()
     # BLIP's tokenizer adds [DEC] and [ENC]; ImageReward never reads them, they only fill two rows.
-    folder = find(file).parent if beside else "bert-base-uncased"
+    folder = "bert-base-uncased"
+    if find(file) and (find(file).parent / "tokenizer_config.json").is_file():
+        folder = find(file).parent
     tokenizer = from_hub(transformers.BertTokenizer, folder, flag,
                          "beside its tokenizer, or find bert-base-uncased's on the hub")
     return model, tokenizer
@@ -202,35 +214,39 @@ def load_image_reward(file):
 
 # ---- token embeddings, and a model that answers questions --------------------------------------
 
-BERT_LAYERS = {"bert-base-uncased": 9, "bert-large-uncased": 18, "roberta-large": 17,
-               "distilbert-base-uncased": 5,
-               "microsoft/deberta-xlarge-mnli": 40}  # bert-score's choice
+BERT_LAYERS = {  # bert-score's choice
+    "bert-base-uncased": 9, "bert-large-uncased": 18, "roberta-large": 17,
+    "distilbert-base-uncased": 5, "microsoft/deberta-xlarge-mnli": 40}
 
 
 class TokenEncoder:
     """Sentences -> contextual token embeddings of a layer (T,D), and which are not special (T,)."""
 
     def __init__(self, name, layer, device):
-        # In a pipeline's folder, as tiny_sd is, the text encoder and its tokenizer live apart.
-        apart = find(name) and (find(name) / "text_encoder").is_dir()
-        where = lambda part: {"subfolder": part} if apart else {}  # noqa: E731
+        text_encoder, tokenizer = {}, {}
+        if find(name) and (find(name) / "text_encoder").is_dir():  # a pipeline, as tiny_sd is
+            text_encoder, tokenizer = {"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}
         source = "a BERT-family encoder such as microsoft/deberta-xlarge-mnli"
-        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", source,
-                                  **where("tokenizer"))
-        self.model = from_hub(transformers.AutoModel, name, "--bert", source, dtype=torch.float32,
-                              **where("text_encoder")).to(device).eval()
+        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", source, **tokenizer)
+        self.model = from_hub(transformers.AutoModel, name, "--bert", source,
+                              dtype=torch.float32, **text_encoder).to(device).eval()
         last = self.model.config.num_hidden_layers
         self.layer = BERT_LAYERS.get(str(name), last) if layer is None else layer
         if not 0 <= self.layer <= last:
             raise ValueError(f"--bert-layer {self.layer}: {name} has layers 0 to {last}")
 
     def __call__(self, sentences):
+        # As the bert-score package does. That puts a blank before a sentence for RoBERTa's slow
+        # tokenizer and none for its fast one; here it is always the fast one, and no blank.
+        sentences = [sentence.strip() for sentence in sentences]
         text = self.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt",
                               return_special_tokens_mask=True).to(self.model.device)
         special = text.pop("special_tokens_mask")
         layer = self.model(**text, output_hidden_states=True).hidden_states[self.layer]
-        return [(h[mask == 1], s[mask == 1] == 0)
-                for h, mask, s in zip(layer, text.attention_mask, special)]
+        tokens = []
+        for h, mask, is_special in zip(layer, text.attention_mask == 1, special == 1):
+            tokens.append((h[mask], ~is_special[mask]))
+        return tokens
 
 
 class Judge:
@@ -238,7 +254,8 @@ class Judge:
     reference = "{}"  # the tiny text encoder knows no other words than a prompt's
 
     def __call__(self, images, questions):
-        return [judge.answer(seen, asked) for seen, asked in zip(judge.see(images), questions)]
+        scenes = judge.see(images)
+        return [judge.answer(scene, question) for scene, question in zip(scenes, questions)]
 
 
 class Llava:
@@ -248,41 +265,24 @@ class Llava:
     def __init__(self, name, device):
         source = "judge, or a LLaVA such as llava-hf/llava-1.5-7b-hf"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        kind = transformers.LlavaForConditionalGeneration
-        self.model = from_hub(kind, name, "--vlm", source, dtype=half)
-        self.model.to(device).eval()
+        self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", source,
+                              dtype=half).to(device).eval()
         self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", source)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
 
     def __call__(self, images, questions):
-        chats = [self.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True) for question in questions]
+        chats = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            chats.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
         inputs = self.processor(images=images, text=chats, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        answers = tokens[:, inputs.input_ids.shape[1]:]
-        return [a.strip() for a in self.processor.batch_decode(answers, skip_special_tokens=True)]
+        new_tokens = tokens[:, inputs.input_ids.shape[1]:]
+        answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
 
 
-def read_questions(file):
-    """prompt -> [[question, right answer], ...], from a JSON file, else the shape world's."""
-    if file is None:
-        return judge.questions
-    try:
-        known = json.loads(Path(find(file) or file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--vlm-questions {file}: {error}") from error
-    right = isinstance(known, dict) and all(
-        isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 and
-                                        all(isinstance(word, str) for word in pair)
-                                        for pair in pairs) for pairs in known.values())
-    if not right:
-        raise ValueError(f"--vlm-questions {file}: it must read {{prompt: [[question, answer]]}}")
-
-    def questions(prompt):
-        if not known.get(prompt):
-            raise ValueError(f"--vlm-questions {file}: nothing for the prompt {prompt!r}")
-        return known[prompt]
-
-    return questions
+def load_vlm(name, device):
+    return Judge() if name == "judge" else Llava(name, device)

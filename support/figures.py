@@ -4,11 +4,15 @@ Nothing here is about learning; skip it on a first reading. Numbers come in as t
 them out, and leave as PNG files.
 """
 import base64
+import html
 import textwrap
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+from support import tables, training
 
 
 def sheet(path, rows, row_names, column_names=None, titles=None, captions=None):
@@ -35,6 +39,14 @@ def sheet(path, rows, row_names, column_names=None, titles=None, captions=None):
             ax.set_ylabel(textwrap.fill(row_names[r], 18), rotation=0, ha="right", va="center",
                           size=8)
     figure.savefig(path)
+
+
+def beliefs(path, prompts, pictures, names, last):
+    """What the model believes x_0 to be. pictures: a list of B for each step; last: B of x_0."""
+    places = torch.linspace(0, len(pictures) - 1, min(10, len(pictures))).round().int().tolist()
+    columns = [pictures[k] for k in places] + [last]
+    rows = [[column[i] for column in columns] for i in range(len(prompts))]
+    sheet(path, rows, prompts, [names[k] for k in places] + ["$x_0$"])
 
 
 def ranking(path, images, prompts, scores, show):
@@ -185,10 +197,94 @@ def groups(path, models, name, title):
     titled(figure, path, title)
 
 
+CAPTIONS = {
+    "same_seeds": "Same noise in each column (DPOK, Figure 2): one row a model. Only best of n "
+                  "chose, from that noise and others.",
+    "scores": "Mean ± standard error of the proxy and of what it does not know (DPOK, Figure 3).",
+    "queries": "Reward of freshly drawn pictures against reward queries (DDPO's curves).",
+    "generalization": "Gold on the prompts that were trained on (seen) and on combinations that no "
+                      "training saw (unseen)."}
+
+
+def evaluation(config, requests, rows, summaries, images, claims, curves):
+    """Chapter 5's figures, and index.html, which shows them with the table and the claims."""
+    out = Path(config.out)
+    for name in CAPTIONS:  # an earlier call's must not end up on this one's page
+        (out / f"{name}.png").unlink(missing_ok=True)
+    note = "QUICK TOUR, far too little training: " if config.quick else ""
+    draw_same_seeds(out / "same_seeds.png", requests, images, note)
+    draw_scores(out / "scores.png", summaries, config, note)
+    draw_generalization(out / "generalization.png", rows, config, note)
+    if curves:
+        draw_queries(out / "queries.png", curves, config, note)
+    headline = (f"{'Measured' if config.runs else 'Trained on'}: {config.reward}; meant: "
+                f"{config.gold}. Mean ± standard error.")
+    page(out / "index.html", tables.summary_table(summaries), tables.claim_lines(claims),
+         CAPTIONS, f"<p>{note}{headline}</p>")
+
+
+def draw_same_seeds(path, requests, images, note):
+    """Two pictures of each family of seen prompts, at most twelve, for each model."""
+    shown, counts = [], {}
+    for i, row in enumerate(requests):
+        counts[row["family"]] = counts.get(row["family"], 0) + 1
+        if row["split"] == "seen" and counts[row["family"]] <= 2:
+            shown.append(i)
+    shown = shown[:12]
+    grid = [[pictures[i] for i in shown] for pictures in images.values()]
+    sheet(path, grid, list(images), [requests[i]["prompt"] for i in shown])
+    frame(path, path, note + "The same noise in each column")
+
+
+def draw_scores(path, summaries, config, note):
+    """A panel each for proxy, gold, the first other reward and diversity."""
+    titles = {"reward": f"reward: {config.reward}", "gold": f"gold: {config.gold}"}
+    panels = {}
+    for column in ("reward", "gold", *config.others[:1], "diversity"):
+        models = {}
+        for model, summary in summaries.items():
+            if column in summary:
+                models[model] = summary[column]
+        if models:
+            panels[titles.get(column, column)] = models
+    bars(path, panels, note + "Mean ± standard error on the seen prompts")
+
+
+def draw_generalization(path, rows, config, note):
+    """Gold by family, on seen and on unseen prompts."""
+    models = {}
+    for model, found in rows.items():
+        if model.startswith("best of"):  # which has no picture of an unseen prompt
+            continue
+        models[model] = {}
+        for family, split in dict.fromkeys((row["family"], row["split"]) for row in found):
+            gold = tables.picture_means(found, "gold", split, family)
+            models[model][f"{family}\n{split}"] = training.mean_se(gold)
+    groups(path, models, config.gold, note + "Seen prompts, and combinations that no training saw")
+
+
+def draw_queries(path, curves, config, note, window=3):
+    """Reward against queries, as a running mean of three rounds."""
+    lines = {}
+    for model, seeds in curves.items():
+        x = [row["queries"] for row in seeds[0]]
+        y = torch.empty(len(seeds), len(x))
+        for seed, rows in enumerate(seeds):
+            for i in range(len(x)):
+                latest = [row["reward"] for row in rows[max(0, i - window + 1):i + 1]]
+                y[seed, i] = sum(latest) / len(latest)
+        lines[model] = x, y
+    queries(path, lines, config.reward,
+            note + "Reward against reward queries, mean of three rounds")
+
+
 def page(path, table, said, captions, note):
     """One HTML file that needs no other: a Markdown table, sentences, and the figures beside it."""
-    cells = ["".join(f"<td>{cell.strip()}</td>" for cell in line.strip("|").split("|"))
-             for line in table if not line.startswith("| ---")]
+    cells = []
+    for line in table:
+        if not line.startswith("| ---"):
+            words = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
+            cells.append("".join(f"<td>{word}</td>" for word in words))
     pictures = {name: base64.b64encode(path.with_name(f"{name}.png").read_bytes()).decode()
                 for name in captions if path.with_name(f"{name}.png").is_file()}
     path.write_text(
@@ -197,7 +293,8 @@ def page(path, table, said, captions, note):
         "border-collapse:collapse}td{border:1px solid #ccc;padding:3px}img{max-width:100%}"
         f".wide{{overflow-x:auto}}</style><h1>Who is better, at what price</h1>{note}"
         "<div class=wide><table><tr>" + "</tr><tr>".join(cells)
-        + "</tr></table></div><ul>" + "".join(f"<li>{line}</li>" for line in said) + "</ul>"
+        + "</tr></table></div><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in said)
+        + "</ul>"
         + "".join(f"<figure><img alt='{captions[name]}' src='data:image/png;base64,{data}'>"
                   f"<figcaption>{captions[name]}</figcaption></figure>"
                   for name, data in pictures.items()), encoding="utf-8")

@@ -1,0 +1,179 @@
+"""A run is a folder: config.json, metrics.csv, pictures, curves, the summary, the tuned weights."""
+import csv
+import json
+import math
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support import figures, models, training
+
+FRAMES = 5  # of the film, after the first one
+
+
+class Run:
+    """A new folder runs/<name>/, the rounds of its training, and what each round has logged."""
+
+    def __init__(self, config, method):
+        self.config = config
+        self.folder = new_folder(config, method)
+        self.rows = []  # one dict a round, as in metrics.csv
+        self.film = []  # (reward queries so far, pictures of the same noise), as training goes on
+        self.started = self.round_started = time.perf_counter()
+        text = json.dumps(asdict(config) | {"method": method}, indent=2)
+        Path(self.folder, "config.json").write_text(text, encoding="utf-8")
+
+    def rounds(self):
+        """0, 1, ..., with a progress bar."""
+        self.bar = tqdm(range(self.config.rounds), "training", unit="round")
+        for n in self.bar:
+            self.round_started = time.perf_counter()
+            yield n
+
+    def log(self, n, **columns):
+        """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error."""
+        queries = (n + 1) * self.config.prompts_per_round * self.config.samples_per_prompt
+        row = {"round": n + 1, "queries": queries}
+        words = [f"round {n + 1:3}"]
+        for name, value in columns.items():
+            if isinstance(value, torch.Tensor):
+                row[name], row[name + "_se"] = training.mean_se(value.detach().cpu())
+                words.append(f"{name} {row[name]:.3f} ± {row[name + '_se']:.3f}")
+            else:
+                row[name] = value
+                words.append(f"{name} {value:.3g}")
+        row["seconds"] = time.perf_counter() - self.round_started
+        words.append(f"{row['seconds']:.1f} s")
+        self.rows.append(row)
+        append_row(Path(self.folder, "metrics.csv"), row)
+        self.bar.write("  ".join(words))
+
+    def is_film_due(self, n):
+        """Whether the film gets a frame before round n: the first, and about FRAMES more."""
+        return n % math.ceil(self.config.rounds / FRAMES) == 0
+
+    def add_to_film(self, trajectory):
+        queries = self.rows[-1]["queries"] if self.rows else 0
+        self.film.append((queries, trajectory.images))
+        self.film_prompts = trajectory.prompts
+
+    def finish(self, pipe, before, after, names):
+        """Saves pictures, curves, summary and weights.  names: column -> what it is called.
+
+        before, after: {"prompts", "images", and for each of names (B,) values on fresh noise}.
+        """
+        self.before, self.after = before, after
+        folder, prompts = self.folder, before["prompts"]
+        first = list(names)[0]
+        figures.before_after(folder / "before_after.png", prompts,
+                             (before[first], after[first]), (before["images"], after["images"]))
+        ends = {name: (before[name], after[name]) for name in names}
+        figures.curves(folder / "reward.png", self.rows, ends, names)
+        if self.film:
+            times = [f"{queries} queries" for queries, _ in self.film]
+            strips = [images for _, images in self.film]
+            figures.sheet(folder / "film.png", strips, times, self.film_prompts)
+        models.save_trained(pipe, folder)
+        summary = {"queries": self.rows[-1]["queries"],
+                   "seconds": time.perf_counter() - self.started}
+        for name, title in names.items():
+            summary[name] = summarize(before[name], after[name]) | {"title": title}
+        # Last of all: a folder with this file is a finished run.
+        text = json.dumps(summary, indent=2)
+        Path(folder, "evaluation.json").write_text(text, encoding="utf-8")
+        return summary
+
+
+def summarize(before, after):
+    """Means and errors on the same fresh noise before and after, and of the paired difference."""
+    summary = {}
+    for name, values in (("before", before), ("after", after), ("gain", after - before)):
+        summary[name], summary[name + "_se"] = training.mean_se(values)
+    return summary
+
+
+def report(run, summary):
+    """What was gained on fresh noise, and where it all is."""
+    print("\nOn pictures from fresh noise, mean ± standard error; the gain is of the same noise:")
+    for column in summary.values():
+        if isinstance(column, dict):
+            line = ("{title:16} {before:8.3f} ± {before_se:.3f} before  {after:8.3f} ± "
+                    "{after_se:.3f} after  gain {gain:+.3f} ± {gain_se:.3f}")
+            print(line.format(**column))
+    print(f"{summary['queries']} reward queries, {summary['seconds']:.0f} s. "
+          f"Pictures, film, curves, metrics.csv and the tuned weights: {run.folder}")
+
+
+def clean(name):
+    """A name as a folder can have it: a file's path has slashes, and a prompt is long."""
+    return re.sub(r"[^\w=.,-]+", "_", name)[:100]
+
+
+def check_folder(config):
+    """ValueError unless --out can hold a new folder of the run's --name."""
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out}: this is a file, not a folder")
+    if config.name and Path(config.out, clean(config.name)).exists():
+        raise ValueError(f"--name {config.name}: there is such a run in {config.out}")
+
+
+def new_folder(config, method):
+    """A new folder runs/<name>/; never one that is there already."""
+    base = config.name or f"{method}_{config.reward}_{Path(config.prompts).stem}"
+    base = clean(base)
+    folder, i = Path(config.out, base), 1
+    while folder.exists():
+        i += 1
+        folder = Path(config.out, f"{base}-{i}")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def append_row(path, row):
+    """One line more in a CSV file, whose first line names the columns."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read_rows(path):
+    """A CSV file of numbers as a list of dicts; [] where there is no file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def labels(folders):
+    """Label -> folder of finished runs; ValueError for one that is none, or is given twice."""
+    found = {}
+    for folder in folders:
+        if not Path(folder, "evaluation.json").is_file():
+            raise ValueError(f"--runs {folder}: no finished run; its evaluation.json is missing")
+        label = Path(folder).resolve().name.replace("|", "_")
+        if label in found or label == "pretrained":
+            label = str(Path(folder).resolve())  # no bare name can be equal to it
+        if Path(folder).resolve() in [Path(other).resolve() for other in found.values()]:
+            raise ValueError(f"--runs {folder}: this folder is given twice")
+        found[label] = folder
+    return found
+
+
+def curves(runs, reward):
+    """Label -> metrics of its runs (a list for each seed), of those trained on that reward.
+
+    runs: (label, seed, folder).
+    """
+    found = {}
+    for label, _, folder in runs:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        if config["reward"] == reward:  # only equal rewards share an axis
+            found.setdefault(label, []).append(read_rows(Path(folder, "metrics.csv")))
+    return found
