@@ -6,85 +6,71 @@ fair, nor sensible; the policy gradient will find out what it *really* pays for.
 
     reward(images: list[PIL.Image], prompts: list[str]) -> B numbers, higher is better
 
-    compressibility     −(JPEG kilobytes at quality 95)                        DDPO, section 5.1
-    incompressibility   +(JPEG kilobytes at quality 95)                        DDPO, section 5.1
-    aesthetic           MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at a person's 1..10
-    image_reward        (MLP(h_[CLS]) − m) / s, h = BERT reading the prompt while looking at BLIP's
-                        image tokens: trained on which of two pictures people prefer
-    vlm_alignment       BERTScore recall of "The image contains {prompt}" in what a vision-language
-                        model answers to "what is going on in this image?"     DDPO, section 5.2
-    vlm_strict          share of questions ("how many?", "what?") that it answers rightly
-    alignment           share of the objects asked for that are in the picture, with the right
-                        color, shape, number and place: exact, for the shape world of tiny_sd/
+    compressibility     −(JPEG kilobytes at quality 95)                        DDPO
+    incompressibility   +(JPEG kilobytes at quality 95)                        DDPO
+    aesthetic           MLP(f / ‖f‖), f = CLIP's image embedding               LAION; DDPO
+    image_reward        (MLP(h_[CLS]) − m) / s, h = BERT, looking at BLIP's image tokens     DPOK
+    vlm_alignment       BERTScore recall of the prompt in what a vision-language model answers
+                        to "what is going on in this image?"                   DDPO
+    vlm_strict          share of questions ("how many?", "what?") that it answers correctly
+    alignment           share of the objects asked for that are there, exact, in tiny_sd's world
 
-The last is the *gold* reward, what we mean. All others are proxies: the table of rank correlations
-shows how far they agree with it on ordinary pictures, before anything is optimized against them.
+The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
-HOW TO RUN. `python 02_rewards.py` draws pictures with the tiny model, prints means, correlations
-and how well the judge reads, and saves runs/02_rewards/best_worst.png; 15 s on a CPU.
-At full size (these names are downloaded; folders and files on disk work too):
+RUN `python 02_rewards.py` (20 s on a CPU): the mean of each prompt, rank correlations, how well the
+judge reads, and runs/02_rewards/best_worst.png. EXPECT vlm_strict, the judge in other words, to
+agree best with alignment, and image_reward far less. TRY --sd --samples 4.
 
-    python 02_rewards.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --num-steps 50 \\
-        --guidance-scale 5 --prompts "a dog riding a bike" \\
-        --rewards aesthetic,image_reward,vlm_alignment \\
-        --clip openai/clip-vit-large-patch14 \\
-        --aesthetic-weights trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth \\
-        --image-reward-weights THUDM/ImageReward/ImageReward.pt \\
-        --vlm llava-hf/llava-1.5-7b-hf --bert microsoft/deberta-xlarge-mnli
+DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
+the published models, with the same classes and file formats (experiments/make_rewards.py).
 
-The defaults are tiny *twins*: the same classes and file formats with small weights, made by
-tiny_sd/pretrain_rewards.py. Sizes are read off the weights; no line here asks which it is.
-
-DEPARTURES. DDPO's client sends LLaVA its pictures as JPEG of quality 80 and talks to a server; here
-the picture itself goes to a model in this process. The twin's vision-language model is the exact
-judge, which *says* what it sees, and tiny_sd's own text encoder stands in for BERT; that knows no
-"The image contains", so the twin's reference is the bare prompt.
-
-EXERCISES. (1) Write a reward that pays for blue, in a file of your own: --rewards my.py:blue. (2)
-Which pictures does compressibility like best, and what would a model do that is paid for nothing
-else? (3) Find a picture that the judge calls right and image_reward dislikes.
+EXERCISES. (1) Write a reward that pays for blue, --rewards my.py:blue: which prompt's mean is the
+highest? (2) What do compressibility and alignment pay for a white picture, whatever the prompt? (3)
+Does --guidance-scale 3 bring image_reward nearer to alignment, or farther from it?
 """
-import importlib.util
 import io
 import re
-import sys
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
-from tiny_sd import figures, judge
-from tiny_sd import reward_models as nets  # networks, and how published weights get into them
+from support import figures, flags, scoring
+from support import reward_models as nets  # networks, and how published weights get into them
+from support.models import load_pipeline
+from support.scoring import RewardFlags, score  # flags of the learned rewards; numbers, checked
+from tiny_sd import judge, shapes
 
-mdp = import_module("01_mdp")  # load_pipeline, rollout, decode, parse_config, run_main, HERE
-
-
-@dataclass(frozen=True)
-class Models:
-    """Weights of the learned rewards; chapters 3 and 4 have the same flags."""
-    clip: str = "tiny_sd/clip"  # CLIPModel of aesthetic: a folder or hub name
-    aesthetic_weights: str = "tiny_sd/aesthetic.safetensors"  # LAION's: file, or OWNER/REPO/FILE
-    image_reward_weights: str = "tiny_sd/image_reward/model.safetensors"  # file, or OWNER/REPO/FILE
-    vlm: str = "judge"  # who looks: judge (shape world), or a LLaVA folder or hub name
-    vlm_questions: str | None = None  # JSON file {prompt: [[question, answer], ...]} of vlm_strict
-    bert: str = "tiny_sd"  # BERTScore's encoder: folder or hub name of a BERT, RoBERTa, DeBERTa
-    bert_layer: int | None = None  # its layer; default: bert-score's choice, else the last
+mdp = import_module("01_mdp")  # rollout
 
 
 @dataclass(frozen=True)
-class Config(Models):
+class Config(RewardFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the Hugging Face hub
+    sd: bool = False  # the published settings for the full model become the defaults
     rewards: tuple[str, ...] = ("all",)  # names, sums (alignment=1,aesthetic=0.2), file.py:function
-    prompts: tuple[str, ...] = ("three red circles", "a green star and a blue square",
-                                "a blue star on the left", "a yellow triangle")  # what to draw
+    prompts: tuple[str, ...] = (  # what to draw
+        "three red circles", "a green star and a blue square", "a blue star on the left",
+        "a yellow triangle")
     samples: int = 16  # pictures of each prompt
     num_steps: int = 10  # denoising steps T
+    eta: float = 1.0  # noise of a step: 1 is DDPM's, a smaller number means less
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
+    batch_size: int = 16  # pictures that are drawn at once; changes memory and time only
     seed: int = 0  # seed of all noise
     show: int = 12  # how many pictures of a reward's ranking to show, from best to worst
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/02_rewards/best_worst.png"  # where the sheet goes
+
+
+SD = dict(
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5", num_steps=50, guidance_scale=5.0,
+    prompts=("a dog riding a bike", "a cat playing chess", "a bear washing the dishes"),
+    rewards=("compressibility", "aesthetic", "image_reward", "vlm_alignment"),
+    clip="openai/clip-vit-large-patch14",
+    aesthetic_weights="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+    image_reward_weights="THUDM/ImageReward/ImageReward.pt",
+    vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli")
 
 
 # ---- rewards that need no model -------------------------------------------------------------
@@ -113,15 +99,16 @@ def alignment(images, prompts):
     An object matches if color, shape and place are what the prompt asks for; one object too many
     costs as much as one too few. ValueError for a prompt that is not about shapes.
     """
-    requests = [judge.shapes.parse(prompt) for prompt in prompts]
-    return [judge.score(seen, request) for seen, request in zip(judge.see(images), requests)]
+    requests = [shapes.parse(prompt) for prompt in prompts]
+    scenes = judge.see(images)
+    return [judge.score(objects, request) for objects, request in zip(scenes, requests)]
 
 
 # ---- aesthetic ------------------------------------------------------------------------------
 
 
 class Aesthetic:
-    """r = MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at how people rate it.
+    """r = MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at how people rate it, 1 to 10.
 
     The twin's "person" likes a warm background, which no prompt asks for and no judge sees.
     """
@@ -144,7 +131,8 @@ class Aesthetic:
 class ImageReward:
     """r = (MLP(h_[CLS]) − m) / s, h = BERT on the prompt, attending to BLIP's picture.
 
-    ImageReward-v1.0 (Xu et al., NeurIPS 2023), DPOK's reward. Text is cut or padded to 35 tokens.
+    ImageReward-v1.0 (Xu et al., NeurIPS 2023), DPOK's reward, trained on which of two pictures
+    people prefer. Text is cut or padded to 35 tokens.
     """
     mean, std = 0.16717362830052426, 1.0333394966054072  # m and s, which make scores comparable
 
@@ -153,11 +141,12 @@ class ImageReward:
         self.model.to(device)
 
     def __call__(self, images, prompts):
+        vision = self.model.vision
+        pixels = nets.clip_pixels(images, vision.config.image_size, vision.device)
         text = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35,
-                              return_tensors="pt").to(self.model.vision.device)
-        size = self.model.vision.config.image_size
-        pixels = nets.clip_pixels(images, size, self.model.vision.device)
-        return (self.model(pixels, text.input_ids, text.attention_mask) - self.mean) / self.std
+                              return_tensors="pt").to(vision.device)
+        r = self.model(pixels, text.input_ids, text.attention_mask)
+        return (r - self.mean) / self.std
 
 
 # ---- vlm_alignment and vlm_strict -----------------------------------------------------------
@@ -171,133 +160,76 @@ def bertscore_recall(reference, candidate, counts=None):
     How much of the reference is said somewhere in the candidate; saying more costs nothing. w_i is
     0 at special tokens: they count for nothing but, as in the bert-score package, may be matched.
     """
-    r, c = (v / v.norm(dim=-1, keepdim=True) for v in (reference, candidate))
+    r = reference / reference.norm(dim=-1, keepdim=True)
+    c = candidate / candidate.norm(dim=-1, keepdim=True)
     best = (r @ c.T).max(1).values
     w = torch.ones_like(best) if counts is None else counts.to(best)
     return (w * best).sum() / w.sum()
 
 
 class VlmAlignment:
-    """r = bertscore_recall(reference "The image contains {prompt}", candidate: the answer)."""
+    """r = bertscore_recall(reference "The image contains {prompt}", candidate: the answer).
+
+    The twin's vision-language model is the exact judge, which *says* what it sees, and tiny_sd's
+    text encoder stands in for BERT. It knows only a prompt's words, so its reference is the prompt.
+    """
 
     def __init__(self, models, device):
-        self.ask = nets.Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
+        self.ask = nets.load_vlm(models.vlm, device)
         self.encode = nets.TokenEncoder(models.bert, models.bert_layer, device)
 
     def __call__(self, images, prompts):
         answers = self.encode(self.ask(images, [QUESTION] * len(images)))
         references = self.encode([self.ask.reference.format(prompt) for prompt in prompts])
-        # An answer without words says nothing of the reference, as in the bert-score package.
-        return [bertscore_recall(r, c, counts) if said.any() else 0.0
-                for (r, counts), (c, said) in zip(references, answers)]
+        values = []
+        for (r, counts), (c, spoken) in zip(references, answers):
+            # An answer without words says nothing of the reference, as in the bert-score package.
+            values.append(bertscore_recall(r, c, counts) if spoken.any() else 0.0)
+        return values
 
 
 class VlmStrict:
     """r = share of the prompt's questions whose answer holds the right word (DDPO's counting)."""
 
     def __init__(self, models, device):
-        self.ask = nets.Judge() if models.vlm == "judge" else nets.Llava(models.vlm, device)
-        self.questions = nets.read_questions(models.vlm_questions)
+        self.ask = nets.load_vlm(models.vlm, device)
+        self.questions = scoring.read_questions(models.vlm_questions)
 
     def __call__(self, images, prompts):
-        known = [self.questions(prompt) for prompt in prompts]
-        said = iter(self.ask([image for image, pairs in zip(images, known) for _ in pairs],
-                             [question for pairs in known for question, _ in pairs]))
-        # Whole words, also in the plural: "none" is not "one".
-        holds = lambda answer, right: bool(  # noqa: E731
-            re.search(rf"(?<!\w){re.escape(right)}s?(?!\w)", answer, re.IGNORECASE))
-        return [sum(holds(next(said), right) for _, right in pairs) / len(pairs) for pairs in known]
+        values = []
+        for image, prompt in zip(images, prompts):
+            pairs = self.questions(prompt)  # [question, right word]
+            answers = self.ask([image] * len(pairs), [question for question, _ in pairs])
+            right = sum(holds(answer, word) for answer, (_, word) in zip(answers, pairs))
+            values.append(right / len(pairs))
+        return values
+
+
+def holds(answer, word):
+    """Whether the word is in the answer: as a whole, for "none" is not "one"; also its plural."""
+    pattern = rf"(?<!\w){re.escape(word)}s?(?!\w)"
+    return re.search(pattern, answer, re.IGNORECASE) is not None
 
 
 # ---- by name --------------------------------------------------------------------------------
 
-REWARDS = dict(compressibility=compressibility, incompressibility=incompressibility,
-               aesthetic=Aesthetic, image_reward=ImageReward, vlm_alignment=VlmAlignment,
-               vlm_strict=VlmStrict, alignment=alignment)
+REWARDS = {
+    "compressibility": compressibility,
+    "incompressibility": incompressibility,
+    "aesthetic": Aesthetic,
+    "image_reward": ImageReward,
+    "vlm_alignment": VlmAlignment,
+    "vlm_strict": VlmStrict,
+    "alignment": alignment,
+}
 
 
-def get_reward(spec, models=Models(), device=None, flag="--reward"):
+def get_reward(spec, models=RewardFlags(), device=None, flag="--reward"):
     """A reward by name, from path/to/file.py:function, or a sum from name=weight,name=weight.
 
-    Models are loaded once, onto the device; ValueError, naming the flag, for what is not there.
+    Networks are loaded once, onto the device; ValueError, naming the flag, for what is not there.
     """
-    if "=" in spec.rpartition(":")[2]:  # and not in the path of a file
-        return weighted_sum(spec, models, device, flag)
-    if ".py:" in spec:
-        return reward_from_file(spec, flag)
-    if spec not in REWARDS:
-        raise ValueError(f"{flag} {spec}: unknown; choose from {', '.join(REWARDS)}, a sum "
-                         "such as alignment=1,aesthetic=0.2, or path/to/file.py:function")
-    if not isinstance(REWARDS[spec], type):
-        return REWARDS[spec]
-    scorer = REWARDS[spec](models, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def reward(images, prompts, batch_size=32):
-        starts = range(0, len(images), batch_size)
-        batches = (slice(i, i + batch_size) for i in starts)
-        return [value for rows in batches for value in scorer(images[rows], prompts[rows])]
-
-    reward.__name__ = spec
-    return reward
-
-
-def weighted_sum(spec, models, device, flag):
-    """r = Σ_k weight_k · r_k  from "name=weight,name=weight"."""
-    terms = []
-    for term in spec.split(","):
-        name, _, weight = term.rpartition("=")
-        try:
-            terms.append((float(weight), get_reward(name, models, device, flag)))
-        except ValueError as error:
-            raise ValueError(f"{flag} {spec}: {error}") from error
-
-    def reward(images, prompts):  # score() inside, so that a broken term is named
-        return sum(weight * score(term, images, prompts) for weight, term in terms)
-
-    reward.__name__ = spec
-    return reward
-
-
-def reward_from_file(spec, flag="--reward"):
-    """One's own reward: the function of that name in that file, which may import its neighbors."""
-    file, _, name = spec.rpartition(":")
-    try:
-        module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module  # a dataclass in the file looks itself up there
-        sys.path.append(str(Path(file).resolve().parent))
-        module_spec.loader.exec_module(module)
-        if not callable(getattr(module, name)):
-            raise TypeError(f"{name} is not a function")
-        return getattr(module, name)
-    except Exception as error:  # whatever the reader's own file raises
-        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
-
-
-@torch.no_grad()
-def score(reward, images, prompts, folder="runs"):
-    """The reward's B numbers as a float64 tensor (B,); ValueError unless there are B finite ones.
-
-    The picture that got no finite number is saved in the folder.
-    """
-    name = getattr(reward, "__name__", str(reward))
-    values = reward(images, prompts)
-    try:  # one by one: whole numbers become floats here, and stay so in every later average
-        values = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {name}: not a number for each picture ({error})") from error
-    if len(values) != len(images):
-        raise ValueError(f"reward {name}: {len(values)} numbers for {len(images)} pictures, "
-                         f"the first of {prompts[0]!r}")
-    for value, image, prompt in zip(values, images, prompts):
-        if not value.isfinite():
-            file = Path(folder, "bad_reward.png")
-            if image is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                image.save(file)
-            raise ValueError(f"reward {name}: gave {value.item()} for a picture of {prompt!r}: "
-                             f"see {file}")
-    return values
+    return scoring.get_reward(spec, REWARDS, models, device, flag)
 
 
 # ---- what the rewards think of the same pictures --------------------------------------------
@@ -307,39 +239,57 @@ def spearman(a, b):
     """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()"""
     if len(a) < 2:  # of one pair there is none
         return torch.tensor(torch.nan)
-
-    def ranks(x):
-        _, place, count = x.unique(return_inverse=True, return_counts=True)
-        return (count.cumsum(0) - (count - 1) / 2)[place].double()
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]
+
+
+def ranks(x):
+    """1 for the smallest of B values, B for the largest; equal ones share.  (B,) -> (B,)"""
+    _, place, count = x.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0)  # rank of the last of equal values; the mean lies (count − 1)/2 before
+    return (last - (count - 1) / 2)[place].double()
+
+
+def reward_names(words):
+    """The words behind --rewards, where "a,b" means two rewards, but "a=1,b=2" one sum."""
+    names = []
+    for word in words:
+        names += [word] if scoring.is_sum(word) else word.split(",")
+    return list(REWARDS) if names == ["all"] else names
+
+
+def print_table(title, columns, rows, digits):
+    """rows: pairs of a name and its numbers, one a column.  Of a file's path the end is shown."""
+    head = [name[-12:] if ":" in name else name[:12] for name in columns]
+    print(f"{title:32}" + "".join(f"{name:>13}" for name in head))
+    for name, numbers in rows:
+        print(f"{name[:31]:32}" + "".join(f"{number:13.{digits}f}" for number in numbers))
 
 
 @torch.no_grad()
 def main(argv=None):
-    config = mdp.parse_config(Config, __doc__, argv)
-    for flag, n in (("--samples", config.samples), ("--show", config.show)):
-        if n < 1:
-            raise ValueError(f"{flag} must be at least 1, not {n}")
-    specs = [spec for word in config.rewards
-             for spec in ([word] if "=" in word else word.split(","))]
-    specs = list(REWARDS) if specs == ["all"] else specs
-    out = mdp.picture_path(config.out)
-    rewards = [get_reward(spec, config, config.device, "--rewards") for spec in specs]
-    pipe = mdp.load_pipeline(config.model, config.device)
-    prompts = [prompt for prompt in config.prompts for _ in range(config.samples)]
-    images = mdp.rollout(pipe, prompts, config.num_steps, guidance_scale=config.guidance_scale,
-                         seed=config.seed, batch_size=16).images
-    scores = {spec: score(reward, images, prompts, out.parent)
-              for spec, reward in zip(specs, rewards)}
+    config = flags.parse(Config, __doc__, argv, SD)
+    out = flags.picture_path(config.out)
+    names = reward_names(config.rewards)
+    rewards = [get_reward(name, config, config.device, "--rewards") for name in names]
+    pipe = load_pipeline(config.model, config.device)
+    prompts = []
+    for prompt in config.prompts:
+        prompts += [prompt] * config.samples
+    images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "examples", 0)).images
 
-    head = "".join(f"{name[-12:] if ':' in name else name[:12]:>13}" for name in scores)
-    print(f"{'mean of ' + str(config.samples):32}" + head)
+    scores = {}
+    for name, reward in zip(names, rewards):
+        scores[name] = score(reward, images, prompts, out.parent)
+
+    means, correlations = [], []
     for i, prompt in enumerate(config.prompts):
-        rows = slice(i * config.samples, (i + 1) * config.samples)
-        print(f"{prompt[:31]:32}" + "".join(f"{v[rows].mean():13.3f}" for v in scores.values()))
-    print(f"\n{'rank correlation':32}" + head)
-    for name, a in scores.items():
-        print(f"{name[:31]:32}" + "".join(f"{spearman(a, b):13.2f}" for b in scores.values()))
+        of_prompt = slice(i * config.samples, (i + 1) * config.samples)
+        means.append((prompt, [r[of_prompt].mean() for r in scores.values()]))
+    for name, r in scores.items():
+        correlations.append((name, [spearman(r, other) for other in scores.values()]))
+    print_table(f"mean of {config.samples}", scores, means, digits=3)
+    print()
+    print_table("rank correlation", scores, correlations, digits=2)
     figures.ranking(out, images, prompts, scores, config.show)
     if "alignment" in scores:
         print(judge.report(pipe.vae))
@@ -347,4 +297,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    mdp.run_main(main)
+    flags.run(main)
