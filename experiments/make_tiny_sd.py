@@ -1,4 +1,4 @@
-"""Remake the tiny Stable Diffusion from nothing: python tiny_sd/pretrain.py
+"""Remake the tiny Stable Diffusion from nothing: python experiments/make_tiny_sd.py
 
 Four steps, as Stable Diffusion was made:
 
@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tiny_sd import judge, shapes  # noqa: E402
+
+mdp = import_module("01_mdp")  # forward_process, denoising_loss
 
 MAX_LENGTH = 16  # tokens; the longest caption has 9
 WIDTH = 64  # of the text encoder
@@ -189,11 +192,10 @@ def measure_vae(vae, pictures, device):
 
 
 def noise_latents(scheduler, x_0, generator):
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps for random t: returns x_t, t, eps, a_t."""
+    """x_0 (B,C,H,W) after the forward process, to a random t each: x_t, t (B,), eps, a_t (B,)."""
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=generator)
     eps = torch.randn(x_0.shape, generator=generator)
-    a_t = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    return a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, t, eps, a_t
+    return mdp.forward_process(scheduler, x_0, t, eps), t, eps, scheduler.alphas_cumprod[t]
 
 
 def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, generator, lr=1e-3,
@@ -215,7 +217,7 @@ def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, genera
         ids = torch.where(dropped, empty, tokens[index]).to(device)
         eps_theta = unet(x_t.to(device), t.to(device), text_encoder(ids)[0]).sample
         weight = (1 / a_t).clamp(max=max_weight).to(device)
-        loss = (weight * (eps.to(device) - eps_theta) ** 2).mean()
+        loss = mdp.denoising_loss(eps_theta, eps.to(device), weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -264,6 +266,16 @@ def save_pipeline(folder, vae, unet, text_encoder):
     file = Path(folder, "text_encoder", "model.safetensors")
     weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
+    forget_places(folder)
+
+
+def forget_places(folder):
+    """Take out of the JSON files where on this machine their models were loaded from."""
+    for file in Path(folder).rglob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if "_name_or_path" in settings:
+            del settings["_name_or_path"]
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def load_pipeline(folder, device):
@@ -310,8 +322,9 @@ def main():
             n, seed = (args.pictures // 2, args.seed + 2) if refine else (args.pictures, args.seed)
             pictures, captions = draw_pairs(n, seed, noise=0.5 if refine else 1.0)
         if step == "vae":
-            train_vae(pictures, args.vae_steps, device, generator).half().save_pretrained(
-                Path(args.out, "vae"))
+            vae = train_vae(pictures, args.vae_steps, device, generator)
+            vae.half().save_pretrained(Path(args.out, "vae"))
+            forget_places(Path(args.out, "vae"))
         elif step in ("unet", "refine"):
             vae = AutoencoderKL.from_pretrained(Path(args.out, "vae")).float()
             vae.to(device).requires_grad_(False)

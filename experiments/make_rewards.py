@@ -1,4 +1,4 @@
-"""Remake the tiny twins of the learned rewards: python tiny_sd/pretrain_rewards.py
+"""Remake the tiny twins of the learned rewards: python experiments/make_rewards.py
 
 Each is trained the way its model was, in the shape world instead of the web:
 
@@ -13,12 +13,13 @@ The preference labels come from the exact judge, and one in six is wrong. There 
 purpose: the twin of ImageReward is to be a good guess at what we mean on ordinary pictures, and no
 better than a guess elsewhere, so that optimizing it too far can be seen to fail.
 
-About 12 minutes on one CPU core, after tiny_sd/pretrain.py. Prints what each has learned.
+About 12 minutes on one CPU core, after make_tiny_sd.py. Prints what each has learned.
 """
 
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -31,8 +32,12 @@ from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny_sd import judge, pretrain, shapes  # noqa: E402
-from tiny_sd import reward_models as nets  # noqa: E402
+from experiments import make_tiny_sd  # noqa: E402
+from support import models  # noqa: E402
+from support import reward_models as nets  # noqa: E402
+from tiny_sd import judge, shapes  # noqa: E402
+
+mdp = import_module("01_mdp")  # rollout
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 PATCH = 8  # px, of the image encoders
@@ -64,7 +69,7 @@ def mood(pictures):
 def make_clip(tokenizer):
     small = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2)
     text = dict(small, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                vocab_size=len(tokenizer), max_position_embeddings=pretrain.MAX_LENGTH,
+                vocab_size=len(tokenizer), max_position_embeddings=make_tiny_sd.MAX_LENGTH,
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
     vision = dict(small, image_size=shapes.SIZE, patch_size=PATCH)
@@ -87,7 +92,7 @@ def pixels_of(pictures):
 def optimize(model, steps, lr, loss_of, name):
     """AdamW with warm-up and cosine decay; loss_of(i) -> () is called once a step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule, average = pretrain.cosine(optimizer, steps, min(100, steps // 5 + 1)), None
+    schedule, average = make_tiny_sd.cosine(optimizer, steps, min(100, steps // 5 + 1)), None
     model.train()
     for i in (bar := trange(steps, desc=name, mininterval=5)):
         loss = loss_of(i)
@@ -105,7 +110,8 @@ def optimize(model, steps, lr, loss_of, name):
 def train_clip(pictures, captions, steps, device, generator, batch=64):
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny_sd" / "tokenizer")
     clip = make_clip(tokenizer).to(device)
-    tokens = pretrain.tokenize(tokenizer, [c + m for c, m in zip(captions, mood(pictures / 255))])
+    careful = [caption + word for caption, word in zip(captions, mood(pictures / 255))]
+    tokens = make_tiny_sd.tokenize(tokenizer, careful)
 
     def loss_of(step):
         i = torch.randint(len(pictures), (batch,), generator=generator)
@@ -232,23 +238,31 @@ def drawn_pairs(n, rng):
     return prompts, torch.stack([right[keep], picture_tensor([wrong[i] for i in keep], rng)], 1)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How generated pairs are drawn."""
+    num_steps: int = 10
+    eta: float = 1.0
+    guidance_scale: float = 1.0
+    batch_size: int = 64
+
+
 def generated_pairs(n, device, seed):
     """n pairs of the tiny model's own pictures of a prompt, of which the judge likes one better."""
-    mdp = import_module("01_mdp")
-    pipe = mdp.load_pipeline(str(ROOT / "tiny_sd"), device)
+    pipe = models.load_pipeline(str(ROOT / "tiny_sd"), device)
+    names = [name for family in shapes.FAMILIES[:4] for name in shapes.prompts_of(family)]
     rng, prompts, pictures = np.random.default_rng(seed), [], []
+    round = 0
     while len(prompts) < n:
-        names = [name for family in shapes.FAMILIES[:4] for name in shapes.prompts_of(family)]
-        asked = [names[i] for i in rng.integers(len(names), size=32)]
-        asked = [name for name in asked for _ in range(4)]
-        images = mdp.rollout(pipe, asked, seed=int(rng.integers(2**31)), batch_size=64,
-                             progress=False).images
-        gold = judge_scores(images, asked)
-        for i in range(0, len(asked), 4):
+        drawn = [names[i] for i in rng.integers(len(names), size=32).repeat(4)]
+        images = mdp.rollout(pipe, drawn, Drawing(), noise=(seed, "pretrain", round)).images
+        gold = judge_scores(images, drawn)
+        for i in range(0, len(drawn), 4):
             low, high = gold[i:i + 4].argmin().item() + i, gold[i:i + 4].argmax().item() + i
             if gold[high] > gold[low]:
-                prompts.append(asked[i])
+                prompts.append(drawn[i])
                 pictures.append(judge.to_tensor([images[high], images[low]]))
+        round += 1
     return prompts[:n], (torch.stack(pictures[:n]) * 255).round().byte()
 
 
@@ -397,7 +411,7 @@ def main():
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     out, device = Path(args.out), args.device
     if args.only != "image_reward":
-        pictures, captions = pretrain.draw_pairs(args.pictures, args.seed)
+        pictures, captions = make_tiny_sd.draw_pairs(args.pictures, args.seed)
 
     if args.only in (None, "clip"):
         clip = train_clip(pictures, captions, args.clip_steps, device, generator)
@@ -408,7 +422,7 @@ def main():
         features, ratings = embed(clip, pictures, device), beauty(pictures / 255).to(device)
         mlp = train_aesthetic(features, ratings, 1500, generator)
         save_half(mlp.state_dict(), out / "aesthetic.safetensors")
-        fresh, _ = pretrain.draw_pairs(1000, args.seed + 1)
+        fresh, _ = make_tiny_sd.draw_pairs(1000, args.seed + 1)
         with torch.no_grad():
             both = torch.stack([mlp(embed(clip, fresh, device)).cpu(), beauty(fresh / 255)])
         print(f"aesthetic: correlation with fresh ratings {torch.corrcoef(both)[0, 1]:.2f}")
