@@ -1,0 +1,33 @@
+"""`pytest --equations` prints which function holds which equation, and which tests check it."""
+from importlib import import_module
+from operator import attrgetter
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--equations", action="store_true",
+                     help="print a table of equations, functions and tests, and run nothing")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    if not session.config.getoption("equations") or session.testsfailed:
+        return None  # so that the tests run, or a file that cannot be read is reported
+    tests = {}
+    for item in session.items:
+        for mark in item.iter_markers("equation"):
+            tests.setdefault(mark.args, set()).add(item.originalname)
+    writer = session.config.get_terminal_writer()
+    writer.line("\n\n| equation | function | formula | tests |\n| --- | --- | --- | --- |")
+    for (label, dotted), names in sorted(tests.items()):
+        cells = [label, f"`{dotted}`", formula_of(dotted), ", ".join(sorted(names))]
+        writer.line("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return True
+
+
+def formula_of(dotted):
+    """The first line of a function's docstring.  dotted: "03_ddpo.ddpo_is_objective"."""
+    module, _, function = dotted.rpartition(".")
+    doc = attrgetter(function)(import_module(module)).__doc__ or ""
+    return doc.partition("\n")[0].strip()

@@ -1,0 +1,402 @@
+"""Chapter 2: rewards against numbers worked out by hand, and forward passes written out here.
+
+The learned rewards run on small random checkpoints in the published formats: key names and layouts
+are written out in this file, not taken from the code under test.
+"""
+import math
+import re
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from support import flags
+from support import reward_models as nets
+from support.models import load_pipeline
+from tiny_sd import shapes
+
+rewards = import_module("02_rewards")
+
+
+def picture(*objects):
+    """Drawn here, not by shapes.draw: (shape, color, x, y, radius) on light gray, 4× as large."""
+    image = Image.new("RGB", (256, 256), (238, 240, 236))
+    pen = ImageDraw.Draw(image)
+    for shape, color, x, y, r in objects:
+        left, top, right, bottom = 4 * (x - r), 4 * (y - r), 4 * (x + r), 4 * (y + r)
+        fill = shapes.COLORS[color]
+        if shape == "circle":
+            pen.ellipse([left, top, right, bottom], fill=fill)
+        elif shape == "square":
+            pen.rectangle([left, top, right, bottom], fill=fill)
+        else:
+            pen.polygon([4 * x, top, right, bottom, left, bottom], fill=fill)
+    return image.resize((64, 64), Image.Resampling.LANCZOS)
+
+
+def noise_pictures(n, size):
+    pixels = np.random.default_rng(2).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(rows) for rows in pixels]
+
+
+def clip_input(images):
+    """Pixels that CLIP and BLIP were trained on, of square pictures that have the right size."""
+    pixels = torch.tensor(np.stack([np.array(image) for image in images])) / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    return ((pixels - mean) / std).permute(0, 3, 1, 2)
+
+
+# ---- rewards that need no model -------------------------------------------------------------
+
+
+@pytest.mark.equation("compressibility", "02_rewards.compressibility")
+@pytest.mark.equation("incompressibility", "02_rewards.incompressibility")
+def test_jpeg_rewards_are_the_file_size_in_kilobytes(tmp_path):
+    images = [noise_pictures(1, 64)[0], Image.new("RGB", (64, 64), "white")]
+    kilobytes = []
+    for image in images:
+        image.save(tmp_path / "a.jpg", quality=95)
+        kilobytes.append((tmp_path / "a.jpg").stat().st_size / 1000)
+    assert rewards.incompressibility(images, ["x", "y"]) == kilobytes
+    assert rewards.compressibility(images, ["x", "y"]) == [-size for size in kilobytes]
+    assert kilobytes[0] > 5 * kilobytes[1]
+
+
+ONE = picture(("circle", "red", 20, 30, 8))
+THREE = picture(*[("square", "green", x, 40, 5) for x in (12, 32, 52)])
+TWO_KINDS = picture(("triangle", "blue", 18, 20, 8), ("circle", "yellow", 44, 44, 8))
+
+
+ALIGNMENT = [
+    (ONE, "a red circle", 1), (ONE, "a blue circle", 0), (ONE, "a red square", 0),
+    (ONE, "a red circle on the left", 1), (ONE, "a red circle on the right", 0),
+    (ONE, "a red circle on the top", 0), (ONE, "four stars", 0),
+    (ONE, "a red circle and a red circle", 1 / 2),  # one object is not counted twice
+    (THREE, "three green squares", 1), (THREE, "two green squares", 2 / 3),
+    (THREE, "four green squares", 3 / 4), (THREE, "a green square", 1 / 3),
+    (TWO_KINDS, "a blue triangle and a yellow circle", 1),
+    (TWO_KINDS, "a yellow circle and a blue triangle", 1),
+    (TWO_KINDS, "a yellow triangle and a blue circle", 0),
+    (TWO_KINDS, "a blue triangle and a red circle", 1 / 2),
+    (picture(), "a red circle", 0)]
+
+
+@pytest.mark.equation("alignment", "02_rewards.alignment")
+def test_alignment_is_matches_over_the_larger_count():
+    images, prompts, shares = map(list, zip(*ALIGNMENT))
+    assert rewards.alignment(images, prompts) == pytest.approx(shares)
+
+
+# ---- aesthetic ------------------------------------------------------------------------------
+
+LAION = {"0": (1024, 24), "2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
+
+
+@pytest.mark.equation("aesthetic", "02_rewards.Aesthetic")
+def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
+    torch.manual_seed(0)
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.CLIPConfig(
+        text_config=dict(small, vocab_size=50), projection_dim=24,
+        vision_config=dict(small, image_size=32, patch_size=16))
+    clip, images, weights = transformers.CLIPModel(config).eval(), noise_pictures(3, 32), {}
+    clip.save_pretrained(tmp_path)
+    for layer, (rows, columns) in LAION.items():
+        weights[f"layers.{layer}.weight"] = torch.randn(rows, columns) / columns**0.5
+        weights[f"layers.{layer}.bias"] = torch.randn(rows)
+    torch.save(weights, tmp_path / "linearMSE.pth")
+    models = rewards.RewardFlags(str(tmp_path), str(tmp_path / "linearMSE.pth"))
+    got = rewards.score(rewards.get_reward("aesthetic", models, "cpu"), images, ["x"] * 3)
+    with torch.no_grad():
+        f = clip.visual_projection(clip.vision_model(clip_input(images)).pooler_output)
+    x = f / f.square().sum(1, keepdim=True).sqrt()
+    for layer in LAION:
+        x = x @ weights[f"layers.{layer}.weight"].T + weights[f"layers.{layer}.bias"]
+    assert got.tolist() == pytest.approx(x[:, 0].tolist(), abs=1e-4) and got.std() > 1e-3
+
+
+# ---- image_reward ---------------------------------------------------------------------------
+
+
+def image_reward_weights():
+    """Random weights under every key of ImageReward.pt, in the shapes of the twin."""
+    g, weights = torch.Generator().manual_seed(3), {}
+    for key, value in load_file(nets.find("tiny_sd/image_reward/model.safetensors")).items():
+        scale = 0.3 if value.ndim == 1 else 2 * value.shape[-1] ** -0.5
+        if re.search(r"cls_token|pos_embed|patch_embed|embeddings\.(word|position)_emb", key):
+            scale = 0.001 * scale  # so small that the ε of layer norms matters
+        weights[key] = scale * torch.randn(value.shape, generator=g)
+        if re.search(r"norm\d?\.weight", key, re.IGNORECASE):
+            weights[key] += 1
+    unused = ["blip.vision_proj.weight", "blip.vision_proj.bias", "blip.text_proj.weight",
+              "blip.text_proj.bias", "blip.text_encoder.embeddings.position_ids"]
+    return weights | {key: torch.ones(1) for key in unused}, unused
+
+
+def image_reward_by_hand(weights, pixels, ids, mask):
+    """ImageReward's forward pass written out, in float64; it takes its weights out of the dict."""
+    def take(name):
+        return weights.pop(name).double()
+
+    def linear(name, x):
+        return x @ take(name + ".weight").T + take(name + ".bias")
+
+    def norm(name, x, eps):
+        return F.layer_norm(x, x.shape[-1:], take(name + ".weight"), take(name + ".bias"), eps)
+
+    def attend(q, k, v, mask=None):
+        q, k, v = (x.unflatten(2, (-1, 64)).transpose(1, 2) for x in (q, k, v))
+        logits = q @ k.transpose(2, 3) / 8
+        if mask is not None:
+            logits = logits.masked_fill(mask[:, None, None] == 0, -math.inf)
+        return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    v = "blip.visual_encoder."
+    patches = F.conv2d(pixels.double(), take(v + "patch_embed.proj.weight"),
+                       take(v + "patch_embed.proj.bias"), stride=8).flatten(2).mT
+    x = torch.cat([take(v + "cls_token").expand(len(patches), 1, -1), patches], 1)
+    x = x + take(v + "pos_embed")
+    for i in range(3):
+        b = f"{v}blocks.{i}."
+        query, key, value = linear(b + "attn.qkv", norm(b + "norm1", x, 1e-6)).chunk(3, -1)
+        x = x + linear(b + "attn.proj", attend(query, key, value))
+        x = x + linear(b + "mlp.fc2", F.gelu(linear(b + "mlp.fc1", norm(b + "norm2", x, 1e-6))))
+    image_tokens = norm(v + "norm", x, 1e-6)
+    t = "blip.text_encoder."
+    places = take(t + "embeddings.position_embeddings.weight")[:ids.shape[1]]
+    h = take(t + "embeddings.word_embeddings.weight")[ids] + places
+    h = norm(t + "embeddings.LayerNorm", h, 1e-12)
+    for i in range(3):
+        for kind in ("attention", "crossattention"):
+            b = f"{t}encoder.layer.{i}.{kind}."
+            source, visible = (h, mask) if kind == "attention" else (image_tokens, None)
+            a = attend(linear(b + "self.query", h), linear(b + "self.key", source),
+                       linear(b + "self.value", source), visible)
+            h = norm(b + "output.LayerNorm", linear(b + "output.dense", a) + h, 1e-12)
+        b = f"{t}encoder.layer.{i}."
+        a = linear(b + "output.dense", F.gelu(linear(b + "intermediate.dense", h)))
+        h = norm(b + "output.LayerNorm", a + h, 1e-12)
+    r = h[:, 0]
+    for layer in (0, 2, 4, 6, 7):
+        r = linear(f"mlp.layers.{layer}", r)
+    return (r[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+@pytest.mark.equation("image_reward", "02_rewards.ImageReward")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_image_reward_is_the_original_model(suffix, tmp_path):
+    weights, unused = image_reward_weights()
+    images = noise_pictures(3, 64)
+    file = tmp_path / f"ImageReward.{suffix}"
+    save_file(weights, file) if suffix == "safetensors" else torch.save(weights, file)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "star"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
+    prompts = ["a red circle", "a blue star", " ".join(["red"] * 60)]
+    models = rewards.RewardFlags(image_reward_weights=str(file))
+    got = rewards.score(rewards.get_reward("image_reward", models, "cpu"), images, prompts)
+    ids = torch.tensor([[2, 5, 6, 8, 3] + [0] * 30, [2, 5, 7, 9, 3] + [0] * 30,
+                        [2] + [6] * 33 + [3]])
+    want = image_reward_by_hand(weights, clip_input(images), ids, (ids != 0).long())
+    assert got.tolist() == pytest.approx(want.tolist(), rel=1e-4) and got.std() > 1
+    assert sorted(weights) == sorted(unused)
+
+
+# ---- vlm_alignment and vlm_strict -----------------------------------------------------------
+
+
+@pytest.mark.equation("BERTScore recall", "02_rewards.bertscore_recall")
+def test_bertscore_recall_by_hand():
+    reference = torch.tensor([[3.0, 0.0], [0.0, 0.5]])  # lengths do not count
+    candidate = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+    half = 0.5**0.5
+    assert rewards.bertscore_recall(reference, candidate).item() == pytest.approx((1 + half) / 2)
+    precision = rewards.bertscore_recall(candidate, reference)
+    assert precision.item() == pytest.approx((1 + half + 0) / 3)
+    second = rewards.bertscore_recall(reference, candidate, torch.tensor([0, 1]))
+    assert second.item() == pytest.approx(half)
+    opposite = rewards.bertscore_recall(torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, 0.0]]))
+    assert opposite.item() == -1
+
+
+VECTORS = {"The": [0.0, 1.0], "image": [1.0, 1.0], "contains": [1.0, -1.0], "stars": [1.0, 0.0],
+           "[CLS]": [-1.0, 0.0]}
+
+
+def embed(sentences):
+    """A BERT of four words: (token embeddings, which of them are not special) a sentence."""
+    rows = []
+    for sentence in sentences:
+        words = ["[CLS]", *sentence.split()]
+        rows.append((torch.tensor([VECTORS[word] for word in words]), torch.arange(len(words)) > 0))
+    return rows
+
+
+@pytest.mark.equation("vlm_alignment", "02_rewards.VlmAlignment")
+def test_vlm_alignment_is_recall_of_the_prompt_in_the_answer():
+    def ask(images, questions):
+        assert questions == ["Answer concisely: what is going on in this image?"] * len(images)
+        return images
+
+    ask.reference = "The image contains {}"
+    scorer = rewards.VlmAlignment(rewards.RewardFlags(), "cpu")
+    scorer.ask, scorer.encode = ask, embed
+    got = rewards.score(scorer, ["stars", "", "The image"], ["stars", "stars", "contains"])
+    half = 0.5**0.5
+    # "[CLS] stars" matches The, image, contains, stars by 0, √½, √½, 1; nothing, by 0.
+    want = [(0 + half + half + 1) / 4, 0, (1 + 1 + 0 + 0) / 4]
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.equation("vlm_strict", "02_rewards.VlmStrict")
+def test_vlm_strict_is_the_share_of_right_answers():
+    def ask(images, questions):
+        return [f"{image} {question}" for image, question in zip(images, questions, strict=True)]
+
+    table = {"x": [["A?", "1"], ["B?", "B"], ["C?", "2"]], "y": [["D?", "2"]]}
+    scorer = rewards.VlmStrict(rewards.RewardFlags(), "cpu")
+    scorer.questions, scorer.ask = table.get, ask
+    assert scorer(["1", "2", "1"], ["x", "y", "y"]) == pytest.approx([2 / 3, 1, 0])
+
+
+def test_the_judge_answers_where_no_vlm_is_given():
+    prompts = ["a blue triangle and a yellow circle", "two red circles", "two blue squares"]
+    images = [TWO_KINDS, ONE, THREE]
+    strict = rewards.score(rewards.get_reward("vlm_strict", device="cpu"), images, prompts)
+    assert strict.tolist() == [1, 1 / 2, 0]
+    said = rewards.score(rewards.get_reward("vlm_alignment", device="cpu"), images, prompts)
+    assert said[0].item() == pytest.approx(1, abs=1e-5) and said[2] < 0.9
+
+
+def test_an_answer_is_right_word_for_word():
+    right = {"one": "one red circle", "red circle": "One RED circles", "1.5 m": "it is 1.5 m."}
+    wrong = {"one": "none", "red circle": "a red circlet", "1.5 m": "it is 165 m tall"}
+    assert all(rewards.holds(answer, word) for word, answer in right.items())
+    assert not any(rewards.holds(answer, word) for word, answer in wrong.items())
+
+
+# ---- rank correlation, and what main prints and draws ---------------------------------------
+
+
+@pytest.mark.equation("Spearman's ρ", "02_rewards.spearman")
+def test_spearman_by_hand():
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert rewards.spearman(a, a**3).item() == pytest.approx(1)
+    assert rewards.spearman(a, -a).item() == pytest.approx(-1)
+    tied = torch.tensor([5.0, 5.0, 7.0, 6.0])  # ranks 1.5, 1.5, 4, 3
+    want = np.corrcoef([1, 2, 3, 4], [1.5, 1.5, 4, 3])[0, 1]
+    assert rewards.spearman(a, tied).item() == pytest.approx(want)
+    assert rewards.spearman(a[:1], a[:1]).isnan()
+
+
+MINE = """
+calls = []
+def bright(images, prompts):
+    calls.append((images, prompts))
+    return [sum(image.convert("L").tobytes()) / 4096 for image in images]
+def first(images, prompts):
+    return [1, 2, 6, 20, 30, 10]
+def second(images, prompts):
+    return [2, 1, 3, 6, 5, 4]
+def bad(images, prompts):
+    return [float("nan")] * len(images)
+"""
+PROMPTS = ["a red circle", "two blue stars"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("tiny_sd", "cpu")
+
+
+@pytest.fixture
+def run(pipe, tmp_path, monkeypatch, capsys):
+    """.main(flags) -> rows of printed words, and the pictures and prompts that it scored."""
+    def load(model, device):
+        run.loaded.append((model, device))
+        return pipe
+
+    def main(rewards_of_mine, **settings):
+        words = ["--out", str(run.out), "--prompts", *PROMPTS, "--rewards"]
+        words += [word.replace("mine", str(file)) for word in rewards_of_mine.split()]
+        for name, value in settings.items():
+            words += [flags.flag(name), str(value)] if value is not True else [flags.flag(name)]
+        rewards.main(words)
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return rows, *sys.modules["reward_mine"].calls[-1]
+
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    run = SimpleNamespace(main=main, loaded=[], out=tmp_path / "new" / "a.png")
+    monkeypatch.setattr(rewards, "load_pipeline", load)  # reading it each time would take a while
+    return run
+
+
+def drawn(pipe, samples, seed=0, num_steps=2, eta=1.0, guidance_scale=1.0):
+    """The pictures that these settings should give, as one array."""
+    config = SimpleNamespace(num_steps=num_steps, eta=eta, guidance_scale=guidance_scale,
+                             batch_size=100)
+    prompts = [PROMPTS[0]] * samples + [PROMPTS[1]] * samples
+    images = rewards.mdp.rollout(pipe, prompts, config, (seed, "examples", 0)).images
+    return np.stack(images).astype(int)
+
+
+@pytest.mark.parametrize("setting", [dict(seed=3), dict(eta=0.5), dict(guidance_scale=2.0),
+                                     dict(num_steps=3)])
+def test_each_flag_of_drawing_arrives(setting, run, pipe):
+    rows, images, prompts = run.main("mine:bright", **{"samples": 3, "num_steps": 2} | setting)
+    want = drawn(pipe, 3, **setting)
+    assert np.abs(np.stack(images) - want).max() <= 1
+    assert np.abs(drawn(pipe, 3) - want).max() > 9
+    assert prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    means = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
+    assert [" ".join(row[:-1]) for row in rows[1:3]] == PROMPTS
+    assert [float(row[-1]) for row in rows[1:3]] == pytest.approx(means.tolist(), abs=1e-3)
+    assert run.loaded == [("tiny_sd", None)]
+
+
+def test_sd_makes_the_published_settings_defaults_and_flags_override(run, pipe):
+    _, images, _ = run.main("mine:bright", sd=True, samples=1, eta=0.5, device="cpu")
+    want = drawn(pipe, 1, num_steps=50, guidance_scale=5.0, eta=0.5)  # the first two are DDPO's
+    assert np.abs(np.stack(images) - want).max() <= 1
+    assert run.loaded == [("stable-diffusion-v1-5/stable-diffusion-v1-5", "cpu")]
+    config = flags.parse(rewards.Config, "", ["--vlm", "judge", "--sd"], rewards.SD)
+    assert config.vlm == "judge" and config.clip == "openai/clip-vit-large-patch14"
+    assert rewards.Config().clip == "tiny_sd/clip"
+
+
+def test_main_prints_means_of_each_prompt_and_rank_correlations(run, pipe):
+    sizes = []
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
+    rows, _, _ = run.main("mine:first,mine:second mine:second=2,mine:bright=0", samples=3,
+                          num_steps=1, batch_size=4, show=2)
+    hook.remove()
+    assert [row[-3:] for row in rows[1:3]] == [["3.000", "2.000", "4.000"],
+                                               ["20.000", "5.000", "10.000"]]
+    # ranks 1 2 3 5 6 4 and 2 1 3 6 5 4: ρ = 1 − 6 Σd² / (n³ − n) = 1 − 6 · 4 / 210
+    assert [row[-3:] for row in rows[5:8]] == [["1.00", "0.89", "0.89"], ["0.89", "1.00", "1.00"],
+                                               ["0.89", "1.00", "1.00"]]
+    assert sizes == [4, 2]
+    assert Image.open(run.out).width == pytest.approx(120 * (1.25 * 2 + 1), abs=1)  # two pictures
+
+
+def test_a_bad_picture_lies_beside_the_sheet_and_flags_are_named(run):
+    with pytest.raises(ValueError, match=re.escape(str(run.out.parent / "bad_reward.png"))):
+        run.main("mine:bad", samples=1, num_steps=1)
+    assert Image.open(run.out.parent / "bad_reward.png").size == (64, 64)
+    with pytest.raises(ValueError, match="^--gold beauty: .*vlm_strict"):
+        rewards.get_reward("beauty", flag="--gold")
+    with pytest.raises(ValueError, match="^--rewards beauty: "):
+        run.main("alignment,beauty")
+    with pytest.raises(ValueError, match="^--vlm-questions none.json: "):
+        run.main("vlm_strict", vlm_questions="none.json")
+    with pytest.raises(ValueError, match="^--device nowhere: "):
+        run.main("aesthetic", device="nowhere")

@@ -1,0 +1,289 @@
+"""A whole training once more, as slow and as plain as can be: what golden runs are compared with.
+
+One picture and one step at a time, with nothing of the chapters and nothing of support/training.py.
+Only the pipeline, its VAE and the network of V come from support/models.py.
+"""
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch.distributions import Normal, kl_divergence
+
+from support import models
+
+# Where a purpose stands in the address of a random number.
+TRAIN, EVALUATE, FILM, PROMPTS, MINIBATCHES, TIMESTEPS, ADAPTERS, VALUE, VALUE_BATCHES = (
+    0, 1, 2, 5, 6, 7, 8, 9, 10)
+
+
+def train(config, method, prompts, reward, gold=None):
+    """-> {"weights", "start": name -> tensor, "rows": a dict a round, "before", "after", "film"}"""
+    pipe = models.load_pipeline(config.model, "cpu")
+    names = set_up_weights(pipe, config)
+    params = [p for name, p in pipe.unet.named_parameters() if name in names]
+    start = {name: pipe.unet.state_dict()[name].clone() for name in names}
+    frozen = models.load_pipeline(config.model, "cpu").unet  # the pretrained model, loaded anew
+    schedule = make_schedule(pipe.scheduler, config)
+    optimizer = torch.optim.AdamW(params, lr=config.learning_rate,
+                                  weight_decay=config.weight_decay)
+    value = make_value(pipe, config) if method == "dpok" else None
+    history, rows, film = {}, [], []
+    before = evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold)
+
+    for n in range(config.rounds):
+        film.append(draw_all(pipe, schedule, config, in_turn(prompts, 8), FILM, 0)[1])
+        chosen = choose_prompts(config, prompts, n)
+        B, T = len(chosen), config.num_steps
+        chains, images = draw_all(pipe, schedule, config, chosen, TRAIN, n)
+        r = [float(v) for v in reward(images, chosen)]
+        row = {"reward": np.mean(r)}
+        if method == "dpok":
+            A = value_advantages(value, chains, r, chosen, schedule)
+            row["gold"] = np.mean([float(v) for v in gold(images, chosen)])
+            row["kl"] = np.mean([path_kl(frozen, schedule, config, chain) for chain in chains])
+        else:
+            A = ddpo_advantages(r, chosen, history, config)
+        order = random(config.seed, MINIBATCHES, n).permutation(B)
+        for part in np.array_split(order, updates(config, method)):
+            loss, kl_old, outside, pairs = 0, 0, 0, 0
+            for i in part.tolist():
+                kept = max(1, round(config.timestep_fraction * T))
+                steps = random(config.seed, TIMESTEPS, n, i).permutation(T)[:kept].tolist()
+                for k in steps:
+                    advantage = A[i] if method == "ddpo" else A[i][k]
+                    J, ratio, kl = term(pipe, frozen, schedule, config, method, chains[i], k,
+                                        advantage * step_weight(schedule, config, k))
+                    scale = T / kept / len(part)
+                    (-J * scale).backward()
+                    kl_old += kl * scale
+                    outside += abs(ratio - 1) > config.clip_range
+                    pairs += 1
+            length = sum(float((p.grad.double() ** 2).sum()) for p in params) ** 0.5
+            clipped = length > config.max_grad_norm
+            for p in params:
+                p.grad *= config.max_grad_norm / length if clipped else 1
+            optimizer.step()
+            optimizer.zero_grad()
+        row |= {"clip_fraction": outside / pairs, "kl_old": kl_old, "grad_norm": length,
+                "grad_clipped": float(clipped)}
+        rows.append(row)
+        if method == "dpok" and config.value:
+            fit_value(value, chains, r, schedule, config, n)
+
+    film.append(draw_all(pipe, schedule, config, in_turn(prompts, 8), FILM, 0)[1])
+    after = evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold)
+    weights = {name: pipe.unet.state_dict()[name] for name in names}
+    return {"weights": weights, "start": start, "rows": rows, "before": before, "after": after,
+            "film": film}
+
+
+def random(seed, purpose, n=0, i=0):
+    return np.random.default_rng([seed, purpose, n, i])
+
+
+def updates(config, method):
+    if method == "ddpo" and config.updates_per_round is None:
+        return 1 if config.estimator == "sf" else 2
+    return config.updates_per_round
+
+
+def in_turn(prompts, samples):
+    return [prompts[i % len(prompts)] for i in range(samples)]  # there are fewer prompts
+
+
+def choose_prompts(config, prompts, n):
+    """Shuffled passes one after the other, of which each round takes the next few."""
+    line = []
+    number = 0
+    while len(line) < (n + 1) * config.prompts_per_round:
+        line += random(config.seed, PROMPTS, number).permutation(len(prompts)).tolist()
+        number += 1
+    chosen = []
+    for j in line[n * config.prompts_per_round:(n + 1) * config.prompts_per_round]:
+        chosen += [prompts[j]] * config.samples_per_prompt
+    return chosen
+
+
+def set_up_weights(pipe, config):
+    """Names of the UNet's weights that are trained."""
+    if config.lora_rank == 0:
+        return {name for name, _ in pipe.unet.named_parameters()}
+    torch.manual_seed(int(random(config.seed, ADAPTERS).integers(2**31)))
+    pipe.unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
+                                     target_modules=list(config.lora_targets)))
+    return {name for name, _ in pipe.unet.named_parameters() if "lora_" in name}
+
+
+def make_schedule(scheduler, config):
+    """One (t, ᾱ_t, ᾱ_{t−1}, σ_t) a step, in float64."""
+    alphas = scheduler.alphas_cumprod.double().tolist()
+    stride = 1000 // config.num_steps
+    schedule = []
+    for k in range(config.num_steps):
+        t = (config.num_steps - 1 - k) * stride + 1
+        a, a_prev = alphas[t], alphas[t - stride] if t >= stride else alphas[0]
+        sigma = config.eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5
+        schedule.append((t, a, a_prev, sigma))
+    return schedule
+
+
+def embed(pipe, prompt):
+    tokens = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt",
+                            max_length=pipe.tokenizer.model_max_length).input_ids
+    with torch.no_grad():
+        return pipe.text_encoder(tokens)[0]
+
+
+def noise(unet, x, t, c):
+    return unet(x.float(), torch.tensor([t]), encoder_hidden_states=c).sample.double()
+
+
+def step(unet, schedule, config, chain, k):
+    """μ and σ of x_{t−1} given x_t, of one picture, in float64."""
+    t, a, a_prev, sigma = schedule[k]
+    x = chain["x"][k]
+    eps = noise(unet, x, t, chain["c"])
+    if config.guidance_scale != 1:
+        empty = noise(unet, x, t, chain["empty"])
+        eps = empty + config.guidance_scale * (eps - empty)
+    x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+    return a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0) ** 0.5 * eps, sigma
+
+
+def draw_all(pipe, schedule, config, prompts, purpose, n):
+    """Chains {"c", "empty", "t", "x": T+1 latents, "mean", "log_prob": T each}, and pictures."""
+    chains, images = [], []
+    for i, prompt in enumerate(prompts):
+        z = random(config.seed, purpose, n, i).standard_normal(
+            (config.num_steps + 1, 4, 8, 8), dtype=np.float32)
+        z = torch.from_numpy(z).double()
+        chain = {"c": embed(pipe, prompt), "empty": embed(pipe, ""), "x": [z[:1]], "mean": [],
+                 "log_prob": []}
+        for k in range(config.num_steps):
+            with torch.no_grad():
+                mean, sigma = step(pipe.unet, schedule, config, chain, k)
+            x = (mean + sigma * z[k + 1]).float().double()  # kept in float32, scored as it is kept
+            chain["x"].append(x)
+            chain["mean"].append(mean)
+            chain["log_prob"].append(Normal(mean, sigma).log_prob(x).sum())
+        chains.append(chain)
+        images += models.decode(pipe, chain["x"][-1].float())
+    return chains, images
+
+
+def path_kl(frozen, schedule, config, chain):
+    total = 0
+    for k, mean in enumerate(chain["mean"]):
+        with torch.no_grad():
+            reference, sigma = step(frozen, schedule, config, chain, k)
+        total += float(kl_divergence(Normal(mean, sigma), Normal(reference, sigma)).sum())
+    return total
+
+
+def evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold):
+    prompts = in_turn(prompts, config.eval_samples)
+    chains, images = draw_all(pipe, schedule, config, prompts, EVALUATE, 0)
+    found = {"images": images, "reward": [float(v) for v in reward(images, prompts)]}
+    if method == "dpok":
+        found["gold"] = [float(v) for v in gold(images, prompts)]
+        found["kl"] = [path_kl(frozen, schedule, config, chain) for chain in chains]
+    return found
+
+
+def mean_of_others(values, prompts, i):
+    others = []
+    for j in range(len(prompts)):
+        if j != i and prompts[j] == prompts[i]:
+            others.append(values[j])
+    return sum(others) / len(others)
+
+
+def ddpo_advantages(r, prompts, history, config):
+    for value, prompt in zip(r, prompts):
+        history.setdefault(prompt, []).append(value)
+    A = []
+    for i, prompt in enumerate(prompts):
+        if config.baseline == "running":
+            known = history[prompt][-32:] if len(history[prompt]) >= 16 else r
+            advantage = (r[i] - np.mean(known)) / np.std(known)
+        else:
+            advantage = (r[i] - mean_of_others(r, prompts, i)) / np.std(r)
+        A.append(min(max(advantage, -config.advantage_clip), config.advantage_clip))
+    return A
+
+
+def step_weight(schedule, config, k):
+    if config.step_weight == "none":
+        return 1
+    weights = []
+    for _, a, a_prev, sigma in schedule:  # σ / |∂μ/∂ε|
+        slope = max(1 - a_prev - sigma**2, 0) ** 0.5 - (a_prev * (1 - a) / a) ** 0.5
+        weights.append(sigma / abs(slope))
+    return weights[k] / np.mean(weights)
+
+
+def term(pipe, frozen, schedule, config, method, chain, k, advantage):
+    """One step's term of J, the ratio, and the KL from the policy that drew."""
+    mean, sigma = step(pipe.unet, schedule, config, chain, k)
+    now, x = Normal(mean, sigma), chain["x"][k + 1]
+    D = x.numel() if config.ratio == "per_dim" else 1
+    log_prob = now.log_prob(x).sum() / D
+    ratio = torch.exp(log_prob - chain["log_prob"][k] / D)
+    if method == "ddpo" and config.estimator == "sf":
+        J = log_prob * advantage
+    else:
+        low, high = 1 - config.clip_range, 1 + config.clip_range
+        J = torch.min(ratio * advantage, torch.clamp(ratio, low, high) * advantage)
+    if method == "dpok":
+        with torch.no_grad():
+            reference, _ = step(frozen, schedule, config, chain, k)
+        kl = kl_divergence(now, Normal(reference, sigma)).sum() / D
+        J = config.alpha * J - config.beta * kl
+    kl_old = kl_divergence(Normal(chain["mean"][k], sigma), now).sum()
+    return J, ratio.item(), kl_old.item()
+
+
+def make_value(pipe, config):
+    torch.manual_seed(int(random(config.seed, VALUE).integers(2**31)))
+    net = models.ValueNet(4, pipe.unet.config.cross_attention_dim)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+    return {"net": net, "optimizer": optimizer, "rounds": [], "mean": 0, "std": 0}
+
+
+def value_of(value, chain, t, k):
+    c = chain["c"][0].mean(0)  # over the tokens
+    return value["net"](chain["x"][k].float(), c[None], torch.tensor([t]))
+
+
+def value_advantages(value, chains, r, prompts, schedule):
+    """(r − V) less the mean of the others of the same prompt, at each step of each picture."""
+    A = np.zeros((len(chains), len(schedule)))
+    for k, (t, *_) in enumerate(schedule):
+        rest = []
+        for i, chain in enumerate(chains):
+            V = value["mean"] + value["std"] * value_of(value, chain, t, k).item()
+            rest.append(r[i] - V)
+        for i in range(len(chains)):
+            A[i, k] = rest[i] - mean_of_others(rest, prompts, i)
+    return A.tolist()
+
+
+def fit_value(value, chains, r, schedule, config, n, batch_size=256):
+    newest = []
+    for i, chain in enumerate(chains):
+        for k, (t, *_) in enumerate(schedule):
+            newest.append((chain, t, k, r[i]))
+    value["rounds"].append(newest)
+    rows = []
+    for data in value["rounds"][-config.value_rounds:]:
+        rows += data
+    targets = [row[3] for row in rows]
+    value["mean"], value["std"] = np.mean(targets), np.std(targets, ddof=1)
+    order = random(config.seed, VALUE_BATCHES, n).permutation(len(rows)).tolist()
+    for first in range(0, len(rows), batch_size):
+        batch = order[first:first + batch_size]
+        for j in batch:
+            chain, t, k, target = rows[j]
+            error = value_of(value, chain, t, k) - (target - value["mean"]) / value["std"]
+            (error**2 / len(batch)).sum().backward()
+        value["optimizer"].step()
+        value["optimizer"].zero_grad()

@@ -1,0 +1,209 @@
+"""How published weights get into the networks of the rewards, and what a wrong file is told."""
+import json
+from importlib import import_module
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+
+from support import reward_models as nets
+from support import scoring
+from tiny_sd import judge, shapes
+
+rewards = import_module("02_rewards")
+SHIPPED = {"aesthetic": "tiny_sd/aesthetic.safetensors",
+           "image_reward": "tiny_sd/image_reward/model.safetensors"}
+
+
+def noise_picture(width, height):
+    rng = np.random.default_rng(width)
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1))
+
+
+# ---- pictures in ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 100), (37, 37), (90, 64), (64, 96)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_clip_pixels_is_transformers_preprocessing(size, mode):
+    image = noise_picture(*size).convert(mode)
+    theirs = transformers.CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48)
+    want = torch.as_tensor(np.array(theirs(image).pixel_values))
+    assert torch.allclose(nets.clip_pixels([image], 48, "cpu"), want, atol=1e-5)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, source", [("aesthetic", "sac+logos+ava1-l14-linearMSE.pth"),
+                                          ("image_reward", "THUDM/ImageReward/ImageReward.pt")])
+@pytest.mark.parametrize("problem", ["lacks", "does not belong", "wrong shape"])
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(name, source, problem, tmp_path):
+    weights, file = load_file(nets.find(SHIPPED[name])), tmp_path / "weights.pt"
+    key = "momentum_encoder.weight" if problem == "does not belong" else max(weights)
+    weights[key] = torch.zeros(3, 5)
+    if problem == "lacks":
+        del weights[key]
+    torch.save(weights, file)
+    with pytest.raises(ValueError) as error:
+        rewards.get_reward(name, rewards.RewardFlags(**{f"{name}_weights": str(file)}), "cpu")
+    message = str(error.value)
+    assert message.startswith(f"--{name.replace('_', '-')}-weights {file}: ")
+    assert source in message and problem in message and f" {key.removeprefix('blip.')} " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("file", ["file.pth", "folder/file.pth"])
+def test_a_name_on_the_hub_is_owner_repo_and_file(file, tmp_path, monkeypatch):
+    torch.save({"w": torch.tensor([1.5]).half()}, tmp_path / "half.pth")
+    hub = {("owner/repo", file): str(tmp_path / "half.pth")}
+    monkeypatch.setattr(nets, "hf_hub_download", lambda *names: hub[names])
+    (w,) = nets.read_weights(f"owner/repo/{file}", "--flag", "a file").values()
+    assert w.dtype == torch.float32 and w.item() == 1.5
+
+
+class Evil:
+    def __reduce__(self):
+        return (exit, ())
+
+
+@pytest.mark.parametrize("field, name, file, problem", [
+    ("aesthetic_weights", "aesthetic", "no/such/file.pth", "no such file"),
+    ("aesthetic_weights", "aesthetic", "evil.pth", "cannot read it"),
+    ("aesthetic_weights", "aesthetic", "empty.pth", "cannot read it"),
+    ("image_reward_weights", "image_reward", "no/such/ImageReward.pt", "no such file"),
+    ("image_reward_weights", "image_reward", SHIPPED["aesthetic"], "it should be THUDM"),
+    ("clip", "aesthetic", "no/such-clip", "no such folder"),
+    ("vlm", "vlm_strict", "no/such-llava", "no such folder"),
+    ("bert", "vlm_alignment", "no/such-bert", "no such folder"),
+    ("vlm_questions", "vlm_strict", "no_such.json", "it must read")])
+def test_what_is_not_there_is_named_with_its_source(field, name, file, problem, tmp_path,
+                                                    monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    torch.save(Evil(), "evil.pth")  # a pickle, which must not be run
+    (tmp_path / "empty.pth").write_bytes(b"")
+    flag = "--" + field.replace("_", "-")
+    with pytest.raises(ValueError) as error:
+        rewards.get_reward(name, rewards.RewardFlags(**{field: file}), "cpu")
+    message = str(error.value)
+    assert message.startswith(f"{flag} {file}: {problem}") and "\n" not in message
+    assert field == "vlm_questions" or "it should be" in message
+
+
+# ---- token embeddings -----------------------------------------------------------------------
+
+
+def save_bert(folder, layers=3):
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *shapes.WORDS]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    bert = transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=48))
+    bert.half().save_pretrained(folder)
+    ids = torch.tensor([[2, words.index("a"), words.index("red"), words.index("circle"), 3]])
+    return bert.float().eval(), ids
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_token_embeddings_are_those_of_the_layer_and_know_special_tokens(layer, tmp_path):
+    bert, ids = save_bert(tmp_path)
+    encode = nets.TokenEncoder(tmp_path, layer, "cpu")
+    bert.encoder.layer = bert.encoder.layer[:layer]  # bert-score cuts the layers above off
+    # BERT's tokenizer drops blanks at the ends by itself, RoBERTa's would not.
+    encode.tokenizer.backend_tokenizer.normalizer = None
+    encode.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    with torch.no_grad():
+        (short, counts), (long, _) = encode(["a red circle\n", "two blue squares and a red star"])
+        want = bert(ids).last_hidden_state[0] if layer else bert.embeddings(ids)[0]
+    assert counts.tolist() == [False, True, True, True, False] and len(long) == 9
+    assert torch.allclose(short, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, layers, want", [
+    ("roberta-large", 24, 17), ("microsoft/deberta-xlarge-mnli", 48, 40), ("my-bert", 3, 3)])
+def test_default_layer_is_the_bert_score_packages_else_the_last(name, layers, want, tmp_path,
+                                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_bert(tmp_path / name, layers)
+    encode = nets.TokenEncoder(name, None, "cpu")
+    assert encode.layer == want and encode.model.dtype == torch.float32  # whatever the file has
+    for layer in (-1, layers + 1):
+        with pytest.raises(ValueError, match=f"--bert-layer {layer}: {name} has layers 0 to"):
+            nets.TokenEncoder(name, layer, "cpu")
+
+
+# ---- models that answer questions -----------------------------------------------------------
+
+
+def save_llava(folder):
+    """A random LLaVA in the layout of llava-hf/llava-1.5-7b-hf, with the words of the world."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(nets.find("tiny_sd/tokenizer"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="right")
+    template = ("{% for m in messages %}{{ m['role'] + ': ' }}{% for c in m['content'] %}"
+                "{{ '<image>' if c['type'] == 'image' else c['text'] + ' ' }}"
+                "{% endfor %}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '.' }}{% endif %}")
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), tokenizer,
+        patch_size=16, vision_feature_select_strategy="default", chat_template=template,
+        image_token="<image>", num_additional_image_tokens=1).save_pretrained(folder)
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=32, patch_size=16),
+        text_config=transformers.LlamaConfig(**small, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def test_llava_answers_the_same_alone_and_in_a_batch_with_only_the_new_words(tmp_path):
+    def generate(**inputs):
+        calls.append(inputs)
+        new = words.convert_tokens_to_ids(["two</w>", "stars</w>", "<|endoftext|>"])
+        return torch.cat([inputs["input_ids"], torch.tensor([new, new])], 1)
+
+    save_llava(tmp_path)
+    ask, calls = nets.load_vlm(str(tmp_path), "cpu"), []
+    images = [noise_picture(32, 32), noise_picture(40, 40)]
+    questions = ["a red circle and two blue stars on the left", "one star"]
+    assert ask.reference == "The image contains {}"  # DDPO's
+    together = ask(images, questions)
+    assert together == [ask([image], [question])[0] for image, question in zip(images, questions)]
+
+    ask.model.generate, words = generate, ask.processor.tokenizer
+    assert ask(images, ["a blue star", "star"]) == ["two</w>stars</w>"] * 2
+    (inputs,) = calls
+    assert inputs["max_new_tokens"] == 64 and inputs["do_sample"] is False
+    chats = [" ".join(words.convert_ids_to_tokens(row)) for row in inputs["input_ids"]]
+    user = "<|startoftext|> u s e r</w> :</w> <image> <image> <image> <image> "
+    assert chats == [user + "a</w> blue</w> star</w> .</w> <|endoftext|>",
+                     "<pad> <pad> " + user + "star</w> .</w> <|endoftext|>"]
+
+    models = rewards.RewardFlags(vlm=str(tmp_path))  # both rewards run on it
+    strict = rewards.score(rewards.get_reward("vlm_strict", models, "cpu"), images, ["a star"] * 2)
+    aligned = rewards.score(rewards.get_reward("vlm_alignment", models, "cpu"), images, questions)
+    assert set(strict.tolist()) <= {0, 0.5, 1} and (aligned.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"x": []}', "[]", '{"x": [["Who?"]]}', '{"x": 3}',
+                                  '{"x": [["How many?", 2]]}', '{"x": ["ab"]}'])
+def test_questions_come_from_a_file_and_those_that_cannot_be_asked_are_named(text, tmp_path):
+    assert scoring.read_questions(None) is judge.questions
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps({"x": [["What is it?", "a dog"], ["How many?", "two"]]}))
+    questions = scoring.read_questions(str(file))
+    assert questions("x") == [["What is it?", "a dog"], ["How many?", "two"]]
+    file.write_text(text)
+    with pytest.raises(ValueError, match="--vlm-questions .*questions.json"):
+        scoring.read_questions(str(file))("x")
