@@ -17,7 +17,7 @@ pictures carry the factor 1/Z(x_T) too. (Best of n, in chapter 5, does choose.) 
   Value            the baseline is V(x_t, z, t) ≈ E[r | x_t], with its own value at each step
 
 RUN `python 04_dpok.py`: it cures "four stars", which the pretrained model takes for a brand's
-yellow circle. EXPECT alignment, never trained on, to reach 0.87 in two minutes on two CPU cores.
+yellow circle. EXPECT alignment, never trained on, to reach 0.87 in one minute on two CPU cores.
 TRY `--beta 0` (what does the same cost in nats?), `--prompts tasks --prompts-per-round 5`.
 DEPARTURES. Like the paper, the KL's gradient drops how θ changes which states are visited. The
 published code's "KL" is an unweighted mean square, it clips without min, and draws its updates from

@@ -17,7 +17,7 @@ is larger than chance. Prompts, queries, learned reward, adapters and learning r
 
 RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, then looks
 at run folders only, and writes runs/eval/index.html: table, claims and figures on one page.
-`--quick` is a tour of three minutes, `--seeds 3` trains each method three times, `--runs A B`
+`--quick` is a tour of two minutes, `--seeds 3` trains each method three times, `--runs A B`
 compares any run folders, `--ballot` asks people and `--votes FILES` counts them. EXPECT best of n
 to be ahead in the reward that it was chosen by. samples.csv has a line per picture.
 DEPARTURES. Intervals are over pictures, each averaged over the training seeds: with one seed,
@@ -88,7 +88,7 @@ class Config(rewards.RewardFlags):
     eta: float = 1.0  # noise of a step
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
     batch_size: int = 64  # pictures per UNet call; memory, not result
-    quick: bool = False  # a tour of three minutes: too little training to conclude anything
+    quick: bool = False  # a tour of two minutes: too little training to conclude anything
     ballot: bool = False  # write ballot.html, on which people compare DPOK with SFT or two --runs
     votes: tuple[str, ...] = ()  # JSON files that raters downloaded from ballot.html: count them
     seed: int = 0  # seed of the evaluation's noise and of the first training run

@@ -16,12 +16,12 @@ better than a guess elsewhere, so that optimizing it too far can be seen to fail
 About 12 minutes on one CPU core, after make_tiny_sd.py. Prints what each has learned.
 """
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,14 @@ from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import make_tiny_sd  # noqa: E402
-from support import models  # noqa: E402
+from support import flags, models, training  # noqa: E402
 from support import reward_models as nets  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
+
+STAGES = ("clip", "aesthetic", "vision", "matching", "preferences", "scenes", "wrong pictures",
+          "generated prompts", "flips")
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 PATCH = 8  # px, of the image encoders
@@ -107,14 +110,14 @@ def optimize(model, steps, lr, loss_of, name):
     model.eval()
 
 
-def train_clip(pictures, captions, steps, device, generator, batch=64):
+def train_clip(pictures, captions, steps, device, seed, batch=64):
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny_sd" / "tokenizer")
     clip = make_clip(tokenizer).to(device)
     careful = [caption + word for caption, word in zip(captions, mood(pictures / 255))]
     tokens = make_tiny_sd.tokenize(tokenizer, careful)
 
     def loss_of(step):
-        i = torch.randint(len(pictures), (batch,), generator=generator)
+        i = torch.from_numpy(draws(seed, "clip", step).integers(len(pictures), size=batch))
         pixels = pixels_of(pictures[i]).to(device)
         image = clip.get_image_features(pixel_values=pixels).pooler_output
         text = clip.get_text_features(input_ids=tokens[i].to(device)).pooler_output
@@ -135,11 +138,11 @@ def embed(clip, pictures, device):
 # ---- 2. the aesthetic score -----------------------------------------------------------------
 
 
-def train_aesthetic(features, ratings, steps, generator, batch=256):
+def train_aesthetic(features, ratings, steps, seed, batch=256):
     mlp = nets.LaionMLP(features.shape[1]).to(features.device)
 
     def loss_of(step):
-        i = torch.randint(len(features), (batch,), generator=generator)
+        i = torch.from_numpy(draws(seed, "aesthetic", step).integers(len(features), size=batch))
         return F.mse_loss(mlp(features[i]), ratings[i])
 
     optimize(mlp, steps, 1e-3, loss_of, "aesthetic")
@@ -213,8 +216,15 @@ def bradley_terry_loss(better, worse):
     return -F.logsigmoid(better - worse).mean()
 
 
-def draw_scenes(n, rng):
+def draws(seed, stage, step=0):
+    """Random numbers of one step of a stage, at an address of their own."""
+    stages = len(make_tiny_sd.STAGES) + STAGES.index(stage)
+    return training.random_stream(seed, "make", stages, step)
+
+
+def draw_scenes(n, seed):
     """n random requests, and as asked for: scenes (lists of Object), pictures (n,3,H,W) uint8."""
+    rng = draws(seed, "scenes")
     names = {family: shapes.prompts_of(family) for family in shapes.FAMILIES[:4]}
     families = [names[str(rng.choice(shapes.FAMILIES[:4]))] for _ in range(n)]
     requests = [shapes.parse(family[rng.integers(len(family))]) for family in families]
@@ -228,9 +238,10 @@ def picture_tensor(scenes, rng):
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)
 
 
-def drawn_pairs(n, rng):
+def drawn_pairs(n, seed):
     """n prompts, each with a picture as asked and one with an attribute wrong: (n,2,3,H,W)."""
-    requests, scenes, right = draw_scenes(2 * n, rng)
+    rng = draws(seed, "wrong pictures")
+    requests, scenes, right = draw_scenes(2 * n, seed)
     wrong = [shapes.layout(shapes.wrong_request(request, rng), rng) for request in requests]
     # "A red star and a blue star": when the colors swap, nothing is wrong.
     keep = [i for i in range(2 * n) if judge.score(wrong[i], requests[i]) < 1][:n]
@@ -251,10 +262,10 @@ def generated_pairs(n, device, seed):
     """n pairs of the tiny model's own pictures of a prompt, of which the judge likes one better."""
     pipe = models.load_pipeline(str(ROOT / "tiny_sd"), device)
     names = [name for family in shapes.FAMILIES[:4] for name in shapes.prompts_of(family)]
-    rng, prompts, pictures = np.random.default_rng(seed), [], []
-    round = 0
+    prompts, pictures, round = [], [], 0
     while len(prompts) < n:
-        drawn = [names[i] for i in rng.integers(len(names), size=32).repeat(4)]
+        places = draws(seed, "generated prompts", round).integers(len(names), size=32)
+        drawn = [names[i] for i in places.repeat(4)]
         images = mdp.rollout(pipe, drawn, Drawing(), noise=(seed, "pretrain", round)).images
         gold = judge_scores(images, drawn)
         for i in range(0, len(drawn), 4):
@@ -294,7 +305,7 @@ def patch_labels(scene):
     return torch.from_numpy(labels.reshape(GRID**2, 3))
 
 
-def train_vision(vision, scenes, pictures, steps, device, generator, batch=64):
+def train_vision(vision, scenes, pictures, steps, device, seed, batch=64):
     """A ViT comes to BLIP knowing ImageNet's classes; this one, the color and shape of patches.
 
     The first token, which is no patch, is asked how many objects there are in all.
@@ -305,7 +316,7 @@ def train_vision(vision, scenes, pictures, steps, device, generator, batch=64):
     counts = torch.tensor([len(scene) for scene in scenes])
 
     def loss_of(step):
-        i = torch.randint(len(pictures), (batch,), generator=generator)
+        i = torch.from_numpy(draws(seed, "vision", step).integers(len(pictures), size=batch))
         guesses = head(vision(pixels_of(pictures[i]).to(device)).last_hidden_state).split(sizes, 2)
         loss = F.cross_entropy(guesses[3][:, 0], counts[i].to(device)) / 2
         for guess, truth in zip(guesses, labels[i].to(device).unbind(2)):
@@ -329,15 +340,16 @@ def answer(model, seen, text):
     return model.mlp(h[:, 0])
 
 
-def train_matching(model, read, requests, scenes, seen, steps, device, generator, rng, batch=128):
+def train_matching(model, read, requests, scenes, seen, steps, device, seed, batch=128):
     """BLIP's image-text matching: is this the picture's caption?  Its own is, another is not.
 
     Most others are wrong in one attribute only, as BLIP picks those that are hard to tell.
     """
     def loss_of(step):
-        i = torch.randint(len(seen), (batch,), generator=generator)
+        stream = draws(seed, "matching", step)
+        i = torch.from_numpy(stream.integers(len(seen), size=batch))
         own = [requests[k] for k in i.tolist()]
-        other = own[1:batch // 5 + 1] + [shapes.wrong_request(r, rng) for r in own[batch // 5:]]
+        other = own[1:batch // 5 + 1] + [shapes.wrong_request(r, stream) for r in own[batch // 5:]]
         match = [judge.score(scenes[k], r) == 1 for k, r in zip(i.tolist() * 2, own + other)]
         text = read([shapes.caption(r) for r in own + other])
         logits = answer(model, seen[i].float().to(device).repeat(2, 1, 1), text)
@@ -346,13 +358,14 @@ def train_matching(model, read, requests, scenes, seen, steps, device, generator
     optimize(torch.nn.ModuleList([model.text, model.mlp]), steps, 1e-3, loss_of, "BLIP")
 
 
-def train_preferences(model, read, prompts, seen, epochs, device, generator, batch=32):
+def train_preferences(model, read, prompts, seen, epochs, device, seed, batch=32):
     """Bradley–Terry on pairs, the one called better first; most layers keep still, as published."""
     steps = epochs * len(seen) // batch
-    stream = torch.cat([torch.randperm(len(seen), generator=generator) for _ in range(epochs)])
+    passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(epochs)]
+    order = torch.from_numpy(np.concatenate(passes))
 
     def loss_of(step):
-        i = stream[step * batch:(step + 1) * batch]
+        i = order[step * batch:(step + 1) * batch]
         text = read([prompts[k] for k in i.tolist()])
         return bradley_terry_loss(*(answer(model, seen[i, side].float().to(device), text)
                                     for side in (0, 1)))
@@ -372,21 +385,23 @@ def agreement(model, read, prompts, pairs, device):
     return torch.cat(right).float().mean().item()
 
 
-def train_image_reward(out, args, device, generator, rng):
+def train_image_reward(out, config, device):
     """The three steps, each on what the one before has made: the model and its Reader."""
+    seed = config.seed
     tokenizer = make_bert_tokenizer(out / "image_reward")
     read, model = Reader(tokenizer, device), make_image_reward(len(tokenizer)).to(device)
-    requests, scenes, pictures = draw_scenes(args.pictures // 2, rng)
-    train_vision(model.vision, scenes, pictures, args.vit_steps, device, generator)
+    requests, scenes, pictures = draw_scenes(config.pictures // 2, seed)
+    train_vision(model.vision, scenes, pictures, config.vit_steps, device, seed)
     seen = look(model.vision, pictures, device)
-    train_matching(model, read, requests, scenes, seen, args.blip_steps, device, generator, rng)
-    half = args.pairs // 2
-    drawn, generated = drawn_pairs(half, rng), generated_pairs(args.pairs - half, device, args.seed)
+    train_matching(model, read, requests, scenes, seen, config.blip_steps, device, seed)
+    half = config.pairs // 2
+    drawn = drawn_pairs(half, seed + 1)
+    generated = generated_pairs(config.pairs - half, device, seed)
     prompts, pairs = drawn[0] + generated[0], torch.cat([drawn[1], generated[1]])
     seen = look(model.vision, pairs.flatten(0, 1), device).unflatten(0, (-1, 2))
-    flipped = torch.rand(len(pairs), generator=generator) < LABEL_NOISE
+    flipped = torch.from_numpy(draws(seed, "flips").random(len(pairs))) < LABEL_NOISE
     seen = torch.where(flipped[:, None, None, None], seen.flip(1), seen)
-    train_preferences(model, read, prompts, seen, args.epochs, device, generator)
+    train_preferences(model, read, prompts, seen, config.epochs, device, seed)
     return model, read
 
 
@@ -394,44 +409,48 @@ def save_half(weights, path):
     save_file({key: value.half().contiguous().cpu() for key, value in weights.items()}, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=str(ROOT / "tiny_sd"), help="folder (%(default)s)")
-    parser.add_argument("--only", choices=["clip", "aesthetic", "image_reward"], help="do one part")
-    parser.add_argument("--pictures", type=int, default=20000, help="to train on (%(default)s)")
-    parser.add_argument("--clip-steps", type=int, default=1000)
-    parser.add_argument("--vit-steps", type=int, default=700)
-    parser.add_argument("--blip-steps", type=int, default=400)
-    parser.add_argument("--pairs", type=int, default=2000, help="half of them generated")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the preference pairs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)  # transformers draws initial weights from this one
-    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-    out, device = Path(args.out), args.device
-    if args.only != "image_reward":
-        pictures, captions = make_tiny_sd.draw_pairs(args.pictures, args.seed)
+@dataclass(frozen=True)
+class Config:
+    out: str = str(ROOT / "tiny_sd")  # folder that the twins are written into
+    only: Literal["clip", "aesthetic", "image_reward"] | None = None  # do one part
+    pictures: int = 20000  # pictures to train on
+    clip_steps: int = 1000  # optimizer steps of CLIP
+    aesthetic_steps: int = 1500  # optimizer steps of LAION's MLP
+    vit_steps: int = 700  # optimizer steps of the image encoder
+    blip_steps: int = 400  # optimizer steps of image-text matching
+    pairs: int = 2000  # preference pairs, half of them generated
+    epochs: int = 3  # passes over the preference pairs
+    seed: int = 0  # seed of everything
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
-    if args.only in (None, "clip"):
-        clip = train_clip(pictures, captions, args.clip_steps, device, generator)
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    torch.manual_seed(config.seed)  # transformers draws initial weights from this one
+    out, device = Path(config.out), models.pick_device(config.device)
+    if config.only != "image_reward":
+        pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
+
+    if config.only in (None, "clip"):
+        clip = train_clip(pictures, captions, config.clip_steps, device, config.seed)
         clip.half().save_pretrained(out / "clip")
 
-    if args.only in (None, "aesthetic"):
+    if config.only in (None, "aesthetic"):
         clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
         features, ratings = embed(clip, pictures, device), beauty(pictures / 255).to(device)
-        mlp = train_aesthetic(features, ratings, 1500, generator)
+        mlp = train_aesthetic(features, ratings, config.aesthetic_steps, config.seed)
         save_half(mlp.state_dict(), out / "aesthetic.safetensors")
-        fresh, _ = make_tiny_sd.draw_pairs(1000, args.seed + 1)
+        fresh, _ = make_tiny_sd.draw_pairs(1000, config.seed + 1)
         with torch.no_grad():
             both = torch.stack([mlp(embed(clip, fresh, device)).cpu(), beauty(fresh / 255)])
         print(f"aesthetic: correlation with fresh ratings {torch.corrcoef(both)[0, 1]:.2f}")
 
-    if args.only in (None, "image_reward"):
-        model, read = train_image_reward(out, args, device, generator, rng)
+    if config.only in (None, "image_reward"):
+        model, read = train_image_reward(out, config, device)
         save_half(to_blip_keys(model.state_dict()), out / "image_reward" / "model.safetensors")
-        generated = generated_pairs(500, device, args.seed + 1)
-        for name, test in dict(drawn=drawn_pairs(500, rng), generated=generated).items():
+        generated = generated_pairs(500, device, config.seed + 1)
+        drawn = drawn_pairs(500, config.seed + 2)
+        for name, test in (("drawn", drawn), ("generated", generated)):
             share = agreement(model, read, *test, device)
             print(f"image_reward: agrees with the judge on {share:.1%} of fresh {name} pairs")
     files = [f for f in out.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
@@ -440,4 +459,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -15,13 +15,14 @@ The result is a diffusers folder: StableDiffusionPipeline.from_pretrained("tiny_
 About 80 minutes on one CPU core (vae 23, unet 40, refine 15).  `--only` does a single step.
 """
 
-import argparse
 import json
 import math
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,12 +34,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from support import flags, models, training  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # forward_process, denoising_loss
 
 MAX_LENGTH = 16  # tokens; the longest caption has 9
 WIDTH = 64  # of the text encoder
+STAGES = ("vae", "unet", "unet batches", "refine", "refine batches", "measure")
 
 
 # ---- the parts ------------------------------------------------------------------------------
@@ -113,6 +116,11 @@ def make_scheduler():
 # ---- data -----------------------------------------------------------------------------------
 
 
+def draws(seed, stage, step=0):
+    """Random numbers of one optimizer step of a stage, at an address of their own."""
+    return training.random_stream(seed, "make", STAGES.index(stage), step)
+
+
 def draw_pairs(n, seed, noise=1.0):
     """n pictures (n,3,H,W) uint8 and their captions."""
     rng = np.random.default_rng(seed)
@@ -139,16 +147,18 @@ def cosine(optimizer, steps, warmup=200):
 # ---- step 1: the VAE ------------------------------------------------------------------------
 
 
-def train_vae(pictures, steps, device, generator, batch=16, lr=2e-3, kl_weight=3e-5):
+def train_vae(pictures, steps, device, seed, batch=16, lr=2e-3, kl_weight=3e-5):
     vae = make_vae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = cosine(optimizer, steps)
     bar = trange(steps, desc="VAE", mininterval=5)
     for i in bar:
-        index = torch.randint(len(pictures), (batch,), generator=generator)
+        stream = draws(seed, "vae", i)
+        index = torch.from_numpy(stream.integers(len(pictures), size=batch))
         x = to_unit(pictures[index]).to(device, memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        noise = stream.standard_normal(posterior.mean.shape, dtype=np.float32)
+        noise = torch.from_numpy(noise).to(device)
         mse = F.mse_loss(vae.decode(posterior.mean + posterior.std * noise).sample, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
@@ -191,14 +201,15 @@ def measure_vae(vae, pictures, device):
 # ---- step 2: UNet and text encoder ----------------------------------------------------------
 
 
-def noise_latents(scheduler, x_0, generator):
+def noise_latents(scheduler, x_0, seed, stage, step=0):
     """x_0 (B,C,H,W) after the forward process, to a random t each: x_t, t (B,), eps, a_t (B,)."""
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x_0),), generator=generator)
-    eps = torch.randn(x_0.shape, generator=generator)
+    stream = draws(seed, stage, step)
+    t = torch.from_numpy(stream.integers(scheduler.config.num_train_timesteps, size=len(x_0)))
+    eps = torch.from_numpy(stream.standard_normal(x_0.shape, dtype=np.float32))
     return mdp.forward_process(scheduler, x_0, t, eps), t, eps, scheduler.alphas_cumprod[t]
 
 
-def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, generator, lr=1e-3,
+def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, seed, stage, lr=1e-3,
                batch=64, max_weight=30):
     """Yields UNet and text encoder on the way: exponential moving averages of their training."""
     unet.to(device).requires_grad_(True)
@@ -211,9 +222,10 @@ def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, genera
     schedule = cosine(optimizer, steps)
     bar, running = trange(steps, desc="UNet", mininterval=5), None
     for i in bar:
-        index = torch.randint(len(latents), (batch,), generator=generator)
-        x_t, t, eps, a_t = noise_latents(scheduler, latents[index], generator)
-        dropped = torch.rand(batch, 1, generator=generator) < 0.1  # for classifier-free guidance
+        stream = draws(seed, f"{stage} batches", i)
+        index = torch.from_numpy(stream.integers(len(latents), size=batch))
+        x_t, t, eps, a_t = noise_latents(scheduler, latents[index], seed, stage, i)
+        dropped = torch.from_numpy(stream.random((batch, 1))) < 0.1  # for classifier-free guidance
         ids = torch.where(dropped, empty, tokens[index]).to(device)
         eps_theta = unet(x_t.to(device), t.to(device), text_encoder(ids)[0]).sample
         weight = (1 / a_t).clamp(max=max_weight).to(device)
@@ -233,11 +245,11 @@ def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, genera
 
 
 @torch.no_grad()
-def measure_unet(pipe, pictures, captions, device, generator):
+def measure_unet(pipe, pictures, captions, device, seed):
     """E||eps - eps_theta||^2 on held-out pictures, all timesteps alike, unweighted."""
     ids = tokenize(pipe.tokenizer, captions).to(device)
     x_0 = encode(pipe.vae, pictures, device) * pipe.vae.config.scaling_factor
-    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, generator)
+    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, seed, "measure")
     error = []
     for x, s, e, i in zip(x_t.split(100), t.split(100), eps.split(100), ids.split(100)):
         prediction = pipe.unet(x.to(device), s.to(device), pipe.text_encoder(i)[0]).sample
@@ -301,44 +313,47 @@ def measure_families(pipe, n=128, steps=20, guidance_scale=1.0, held_out=False, 
     return right, pictures
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=str(ROOT / "tiny_sd"), help="folder (%(default)s)")
-    parser.add_argument("--only", choices=["vae", "unet", "refine", "measure"],
-                        help="do one step; what it builds on is read from --out")
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--unet-steps", type=int, default=9000)
-    parser.add_argument("--refine-steps", type=int, default=3000)
-    parser.add_argument("--pictures", type=int, default=40000, help="to train on (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    tokenizer, device = make_tokenizer(), args.device
-    for step in [args.only] if args.only else ["vae", "unet", "refine", "measure"]:
-        torch.manual_seed(args.seed)  # diffusers and transformers draw initial weights from it
-        generator = torch.Generator().manual_seed(args.seed)
-        refine = step == "refine"
-        if step != "measure":
-            n, seed = (args.pictures // 2, args.seed + 2) if refine else (args.pictures, args.seed)
-            pictures, captions = draw_pairs(n, seed, noise=0.5 if refine else 1.0)
-        if step == "vae":
-            vae = train_vae(pictures, args.vae_steps, device, generator)
-            vae.half().save_pretrained(Path(args.out, "vae"))
-            forget_places(Path(args.out, "vae"))
-        elif step in ("unet", "refine"):
-            vae = AutoencoderKL.from_pretrained(Path(args.out, "vae")).float()
-            vae.to(device).requires_grad_(False)
-            latents = encode(vae, pictures, device) * vae.config.scaling_factor
-            old = load_pipeline(args.out, device) if refine else None
-            unet = old.unet if refine else make_unet()
-            text_encoder = old.text_encoder if refine else make_text_encoder(tokenizer)
-            steps, lr = (args.refine_steps, 5e-4) if refine else (args.unet_steps, 1e-3)
-            tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-            for unet, text_encoder in train_unet(
-                    unet, text_encoder, latents, tokens, empty, steps, device, generator, lr):
-                save_pipeline(args.out, vae, unet, text_encoder)
-        else:
-            measure(args.out, device, args.seed + 1)
+@dataclass(frozen=True)
+class Config:
+    out: str = str(ROOT / "tiny_sd")  # folder that the model is written into
+    only: Literal["vae", "unet", "refine", "measure"] | None = None  # do one stage
+    vae_steps: int = 6000  # optimizer steps of the VAE
+    unet_steps: int = 9000  # optimizer steps of UNet and text encoder
+    refine_steps: int = 3000  # optimizer steps on cleaner captions
+    pictures: int = 40000  # pictures to train on
+    seed: int = 0  # seed of everything
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    tokenizer, device = make_tokenizer(), models.pick_device(config.device)
+    for stage in [config.only] if config.only else ["vae", "unet", "refine", "measure"]:
+        torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
+        refine = stage == "refine"
+        if stage == "measure":
+            measure(config.out, device, config.seed + 1)
+            continue
+        n, seed = config.pictures, config.seed
+        if refine:
+            n, seed = n // 2, seed + 2
+        pictures, captions = draw_pairs(n, seed, noise=0.5 if refine else 1.0)
+        if stage == "vae":
+            vae = train_vae(pictures, config.vae_steps, device, config.seed)
+            vae.half().save_pretrained(Path(config.out, "vae"))
+            forget_places(Path(config.out, "vae"))
+            continue
+        vae = AutoencoderKL.from_pretrained(Path(config.out, "vae")).float()
+        vae.to(device).requires_grad_(False)
+        latents = encode(vae, pictures, device) * vae.config.scaling_factor
+        old = load_pipeline(config.out, device) if refine else None
+        unet = old.unet if refine else make_unet()
+        text_encoder = old.text_encoder if refine else make_text_encoder(tokenizer)
+        steps, lr = (config.refine_steps, 5e-4) if refine else (config.unet_steps, 1e-3)
+        tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+        for unet, text_encoder in train_unet(unet, text_encoder, latents, tokens, empty, steps,
+                                             device, config.seed, stage, lr):
+            save_pipeline(config.out, vae, unet, text_encoder)
 
 
 def measure(folder, device, seed):
@@ -346,7 +361,7 @@ def measure(folder, device, seed):
     pipe = load_pipeline(folder, device)
     fresh, captions = draw_pairs(1000, seed)
     print(f"VAE PSNR on fresh pictures  {measure_vae(pipe.vae, fresh, device):.1f} dB")
-    loss = measure_unet(pipe, fresh, captions, device, torch.Generator().manual_seed(seed))
+    loss = measure_unet(pipe, fresh, captions, device, seed)
     print(f"denoising loss              {loss:.4f}")
     for held_out in (False, True):
         right, _ = measure_families(pipe, held_out=held_out)
@@ -355,4 +370,4 @@ def measure(folder, device, seed):
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)
