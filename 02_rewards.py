@@ -17,13 +17,11 @@ fair, nor sensible; the policy gradient will find out what it *really* pays for.
 
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
-RUN `python 02_rewards.py` (20 s on a CPU): the mean of each prompt, rank correlations, how well the
-judge reads, and runs/02_rewards/best_worst.png. EXPECT vlm_strict, the judge in other words, to
-agree best with alignment, and image_reward far less. TRY --sd --samples 4.
-
+RUN `python 02_rewards.py` (20 s on a CPU): the mean of each prompt, rank correlations within
+prompts, how well the judge reads, and runs/02_rewards/best_worst.png. EXPECT vlm_strict, the judge
+in other words, to agree best with alignment. TRY --sd --samples 4 (25 GB of weights).
 DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
 the published models, with the same classes and file formats (experiments/make_rewards.py).
-
 EXERCISES. (1) Write a reward that pays for blue, --rewards my.py:blue: which prompt's mean is the
 highest? (2) What do compressibility and alignment pay for a white picture, whatever the prompt? (3)
 Does --guidance-scale 3 bring image_reward nearer to alignment, or farther from it?
@@ -281,15 +279,17 @@ def main(argv=None):
     for name, reward in zip(names, rewards):
         scores[name] = score(reward, images, prompts, out.parent)
 
-    means, correlations = [], []
+    shape = len(config.prompts), config.samples
+    means, correlations, within = [], [], {}
     for i, prompt in enumerate(config.prompts):
-        of_prompt = slice(i * config.samples, (i + 1) * config.samples)
-        means.append((prompt, [r[of_prompt].mean() for r in scores.values()]))
-    for name, r in scores.items():
-        correlations.append((name, [spearman(r, other) for other in scores.values()]))
+        means.append((prompt, [r.view(shape)[i].mean() for r in scores.values()]))
+    for name, r in scores.items():  # training compares pictures of one prompt, so this does too
+        within[name] = (r.view(shape) - r.view(shape).mean(1, keepdim=True)).flatten()
+    for name, r in within.items():
+        correlations.append((name, [spearman(r, other) for other in within.values()]))
     print_table(f"mean of {config.samples}", scores, means, digits=3)
     print()
-    print_table("rank correlation", scores, correlations, digits=2)
+    print_table("rank correlation within prompts", scores, correlations, digits=2)
     figures.ranking(out, images, prompts, scores, config.show)
     if "alignment" in scores:
         print(judge.report(pipe.vae))

@@ -2,17 +2,17 @@
 
 A proxy that is optimized long enough is pleased in ways that nobody meant. Chapter 4 is run on one
 prompt for far too many rounds, with β = 0, 0.01 and 0.1, and at twice its learning rate. Then once
-for incompressibility, without leash and value function: what is as large as JPEG files get?
+for incompressibility, without KL term and value function: which pictures make the largest files?
 
     early stop = the round at which gold's mean over the last five rounds is highest
 
-Only gold can say when to stop, and gold is what one does not have. The KL, which one has, is the
-next best: with it the runs differ far less in gold than in how far they went.
+Only gold can say when to stop, and gold is what one usually does not have. The path KL is known.
 
 RUN `python experiments/overoptimization.py`: 20 minutes on two CPU cores. It prints and starts four
 commands (you can type the same), leaves out finished runs, and refuses one with other settings.
 Flags behind a lone -- are passed on: `--rounds 100 -- --prompts "three red squares"`.
-EXPECT incompressibility to end in noise.
+EXPECT gold to fall at β = 0 while the proxy rises, and incompressibility to crowd the picture with
+stars: the full model ends in noise, this one knows none.
 WRITES run folders runs/overoptimization_*/, the plot runs/overoptimization.png (proxy and gold
 against path KL, a dot at the early stop), and runs/overoptimization_noise.png, a film of the noise.
 """
@@ -29,7 +29,7 @@ BETAS = (0.0, 0.01, 0.1)
 @dataclass(frozen=True)
 class Config:
     rounds: int = 50  # rounds of each run: far too many
-    samples_per_prompt: int = 48  # pictures a round
+    samples_per_prompt: int = 48  # pictures per round
     learning_rate: float = 2e-3  # of AdamW, twice chapter 4's
     reward: str = "image_reward"  # the proxy that is optimized too far
     gold: str = "alignment"  # what is really meant

@@ -20,9 +20,11 @@ sys.path.insert(0, str(HERE.parent))
 from support import commands, flags, tables  # noqa: E402
 
 SEEDS = (0, 1, 2)
+SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3)
 CHAPTERS = {"ddpo_defaults": "03_ddpo.py", "dpok_defaults": "04_dpok.py"}
 TITLES = {"ddpo_defaults": "03 as it comes: alignment on 128 pictures from fresh noise",
           "dpok_defaults": "04 as it comes: \"four stars\" on 128 pictures from fresh noise",
+          "dpok_sweep": "04 with other β: path KL in nats, learned reward and alignment at the end",
           "eval_quick": "05, the quick tour: far too little training to conclude anything"}
 
 
@@ -37,6 +39,7 @@ def main(argv=None):
     if not config.render:
         for name, script in CHAPTERS.items():
             measure_chapter(name, script, Path(config.out))
+        measure_sweep(Path(config.out))
         measure_quick_tour(Path(config.out))
     render(HERE / "README.md")
 
@@ -57,6 +60,21 @@ def measure_chapter(name, script, out):
                 row[column] = round(value)
         rows.append(row)
     write(HERE / f"{name}.csv", TITLES[name], f"python {script} --seed SEED", SEEDS, rows)
+
+
+def measure_sweep(out):
+    """What each β ends with, from the sweep's run folders."""
+    commands.start(["experiments/sweep.py", "--out", str(out), "--name", "sweep"])
+    rows = []
+    for beta in SWEEP:
+        folder = out / f"sweep_beta_{beta:g}"
+        summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        row = {"beta": beta}
+        for column in ("kl", "reward", "gold"):
+            row[column] = round(summary[column]["after"], 4)
+            row[f"{column} error"] = round(summary[column]["after_se"], 4)
+        rows.append(row)
+    write(HERE / "dpok_sweep.csv", TITLES["dpok_sweep"], "python experiments/sweep.py", (0,), rows)
 
 
 def measure_quick_tour(out):

@@ -24,8 +24,6 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "guidance_scale": (0, math.inf),
     "keep": (TINY, 1),
     "learning_rate": (0, math.inf),
-    "long_rounds": (0, math.inf),
-    "long_samples": (2, math.inf),
     "lora_rank": (0, math.inf),
     "max_grad_norm": (TINY, math.inf),
     "num_steps": (1, 1000),

@@ -31,3 +31,9 @@ def formula_of(dotted):
     module, _, function = dotted.rpartition(".")
     doc = attrgetter(function)(import_module(module)).__doc__ or ""
     return doc.partition("\n")[0].strip()
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    """The tiny model, loaded once: for tests that change nothing of it."""
+    return import_module("support.models").load_pipeline("tiny_sd", "cpu")

@@ -5,6 +5,7 @@ Only the pipeline, its VAE and the network of V come from support/models.py.
 """
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from torch.distributions import Normal, kl_divergence
 
@@ -22,36 +23,38 @@ def train(config, method, prompts, reward, gold=None):
     params = [p for name, p in pipe.unet.named_parameters() if name in names]
     start = {name: pipe.unet.state_dict()[name].clone() for name in names}
     frozen = models.load_pipeline(config.model, "cpu").unet  # the pretrained model, loaded anew
-    schedule = make_schedule(pipe.scheduler, config)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(config.num_steps)
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
     value = make_value(pipe, config) if method == "dpok" else None
     history, rows, film = {}, [], []
-    before = evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold)
+    before = evaluate(pipe, frozen, scheduler, config, method, prompts, reward, gold)
 
     for n in range(config.rounds):
-        film.append(draw_all(pipe, schedule, config, in_turn(prompts, 8), FILM, 0)[1])
+        film.append(draw_all(pipe, scheduler, config, in_turn(prompts, 8), FILM, 0)[1])
         chosen = choose_prompts(config, prompts, n)
         B, T = len(chosen), config.num_steps
-        chains, images = draw_all(pipe, schedule, config, chosen, TRAIN, n)
+        chains, images = draw_all(pipe, scheduler, config, chosen, TRAIN, n)
         r = [float(v) for v in reward(images, chosen)]
         row = {"reward": np.mean(r)}
         if method == "dpok":
-            A = value_advantages(value, chains, r, chosen, schedule)
+            A = value_advantages(value, chains, r, chosen, scheduler)
             row["gold"] = np.mean([float(v) for v in gold(images, chosen)])
-            row["kl"] = np.mean([path_kl(frozen, schedule, config, chain) for chain in chains])
+            row["kl"] = np.mean([path_kl(frozen, scheduler, config, chain) for chain in chains])
         else:
             A = ddpo_advantages(r, chosen, history, config)
         order = random(config.seed, MINIBATCHES, n).permutation(B)
-        for part in np.array_split(order, updates(config, method)):
+        updates = config.updates_per_round or {"sf": 1, "is": 2}[config.estimator]
+        for part in np.array_split(order, updates):
             loss, kl_old, outside, pairs = 0, 0, 0, 0
             for i in part.tolist():
                 kept = max(1, round(config.timestep_fraction * T))
                 steps = random(config.seed, TIMESTEPS, n, i).permutation(T)[:kept].tolist()
                 for k in steps:
                     advantage = A[i] if method == "ddpo" else A[i][k]
-                    J, ratio, kl = term(pipe, frozen, schedule, config, method, chains[i], k,
-                                        advantage * step_weight(schedule, config, k))
+                    J, ratio, kl = term(pipe, frozen, scheduler, config, method, chains[i], k,
+                                        advantage * step_weight(scheduler, config, k))
                     scale = T / kept / len(part)
                     (-J * scale).backward()
                     kl_old += kl * scale
@@ -67,10 +70,10 @@ def train(config, method, prompts, reward, gold=None):
                 "grad_clipped": float(clipped)}
         rows.append(row)
         if method == "dpok" and config.value:
-            fit_value(value, chains, r, schedule, config, n)
+            fit_value(value, chains, r, scheduler, config, n)
 
-    film.append(draw_all(pipe, schedule, config, in_turn(prompts, 8), FILM, 0)[1])
-    after = evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold)
+    film.append(draw_all(pipe, scheduler, config, in_turn(prompts, 8), FILM, 0)[1])
+    after = evaluate(pipe, frozen, scheduler, config, method, prompts, reward, gold)
     weights = {name: pipe.unet.state_dict()[name] for name in names}
     return {"weights": weights, "start": start, "rows": rows, "before": before, "after": after,
             "film": film}
@@ -78,12 +81,6 @@ def train(config, method, prompts, reward, gold=None):
 
 def random(seed, purpose, n=0, i=0):
     return np.random.default_rng([seed, purpose, n, i])
-
-
-def updates(config, method):
-    if method == "ddpo" and config.updates_per_round is None:
-        return 1 if config.estimator == "sf" else 2
-    return config.updates_per_round
 
 
 def in_turn(prompts, samples):
@@ -113,19 +110,6 @@ def set_up_weights(pipe, config):
     return {name for name, _ in pipe.unet.named_parameters() if "lora_" in name}
 
 
-def make_schedule(scheduler, config):
-    """One (t, ᾱ_t, ᾱ_{t−1}, σ_t) a step, in float64."""
-    alphas = scheduler.alphas_cumprod.double().tolist()
-    stride = 1000 // config.num_steps
-    schedule = []
-    for k in range(config.num_steps):
-        t = (config.num_steps - 1 - k) * stride + 1
-        a, a_prev = alphas[t], alphas[t - stride] if t >= stride else alphas[0]
-        sigma = config.eta * ((1 - a_prev) / (1 - a)) ** 0.5 * (1 - a / a_prev) ** 0.5
-        schedule.append((t, a, a_prev, sigma))
-    return schedule
-
-
 def embed(pipe, prompt):
     tokens = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt",
                             max_length=pipe.tokenizer.model_max_length).input_ids
@@ -137,19 +121,17 @@ def noise(unet, x, t, c):
     return unet(x.float(), torch.tensor([t]), encoder_hidden_states=c).sample.double()
 
 
-def step(unet, schedule, config, chain, k):
+def step(unet, scheduler, config, chain, k):
     """μ and σ of x_{t−1} given x_t, of one picture, in float64."""
-    t, a, a_prev, sigma = schedule[k]
-    x = chain["x"][k]
+    t, x = int(scheduler.timesteps[k]), chain["x"][k]
     eps = noise(unet, x, t, chain["c"])
     if config.guidance_scale != 1:
         empty = noise(unet, x, t, chain["empty"])
         eps = empty + config.guidance_scale * (eps - empty)
-    x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-    return a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0) ** 0.5 * eps, sigma
+    return gaussian(scheduler, eps, t, x, config.eta)
 
 
-def draw_all(pipe, schedule, config, prompts, purpose, n):
+def draw_all(pipe, scheduler, config, prompts, purpose, n):
     """Chains {"c", "empty", "t", "x": T+1 latents, "mean", "log_prob": T each}, and pictures."""
     chains, images = [], []
     for i, prompt in enumerate(prompts):
@@ -160,7 +142,7 @@ def draw_all(pipe, schedule, config, prompts, purpose, n):
                  "log_prob": []}
         for k in range(config.num_steps):
             with torch.no_grad():
-                mean, sigma = step(pipe.unet, schedule, config, chain, k)
+                mean, sigma = step(pipe.unet, scheduler, config, chain, k)
             x = (mean + sigma * z[k + 1]).float().double()  # kept in float32, scored as it is kept
             chain["x"].append(x)
             chain["mean"].append(mean)
@@ -170,30 +152,27 @@ def draw_all(pipe, schedule, config, prompts, purpose, n):
     return chains, images
 
 
-def path_kl(frozen, schedule, config, chain):
+def path_kl(frozen, scheduler, config, chain):
     total = 0
     for k, mean in enumerate(chain["mean"]):
         with torch.no_grad():
-            reference, sigma = step(frozen, schedule, config, chain, k)
+            reference, sigma = step(frozen, scheduler, config, chain, k)
         total += float(kl_divergence(Normal(mean, sigma), Normal(reference, sigma)).sum())
     return total
 
 
-def evaluate(pipe, frozen, schedule, config, method, prompts, reward, gold):
+def evaluate(pipe, frozen, scheduler, config, method, prompts, reward, gold):
     prompts = in_turn(prompts, config.eval_samples)
-    chains, images = draw_all(pipe, schedule, config, prompts, EVALUATE, 0)
+    chains, images = draw_all(pipe, scheduler, config, prompts, EVALUATE, 0)
     found = {"images": images, "reward": [float(v) for v in reward(images, prompts)]}
     if method == "dpok":
         found["gold"] = [float(v) for v in gold(images, prompts)]
-        found["kl"] = [path_kl(frozen, schedule, config, chain) for chain in chains]
+        found["kl"] = [path_kl(frozen, scheduler, config, chain) for chain in chains]
     return found
 
 
 def mean_of_others(values, prompts, i):
-    others = []
-    for j in range(len(prompts)):
-        if j != i and prompts[j] == prompts[i]:
-            others.append(values[j])
+    others = [values[j] for j in range(len(prompts)) if j != i and prompts[j] == prompts[i]]
     return sum(others) / len(others)
 
 
@@ -211,19 +190,16 @@ def ddpo_advantages(r, prompts, history, config):
     return A
 
 
-def step_weight(schedule, config, k):
+def step_weight(scheduler, config, k):
     if config.step_weight == "none":
         return 1
-    weights = []
-    for _, a, a_prev, sigma in schedule:  # σ / |∂μ/∂ε|
-        slope = max(1 - a_prev - sigma**2, 0) ** 0.5 - (a_prev * (1 - a) / a) ** 0.5
-        weights.append(sigma / abs(slope))
+    weights = [sigma / abs(feed) for _, _, feed, sigma in linear_steps(scheduler, config.eta)]
     return weights[k] / np.mean(weights)
 
 
-def term(pipe, frozen, schedule, config, method, chain, k, advantage):
+def term(pipe, frozen, scheduler, config, method, chain, k, advantage):
     """One step's term of J, the ratio, and the KL from the policy that drew."""
-    mean, sigma = step(pipe.unet, schedule, config, chain, k)
+    mean, sigma = step(pipe.unet, scheduler, config, chain, k)
     now, x = Normal(mean, sigma), chain["x"][k + 1]
     D = x.numel() if config.ratio == "per_dim" else 1
     log_prob = now.log_prob(x).sum() / D
@@ -235,7 +211,7 @@ def term(pipe, frozen, schedule, config, method, chain, k, advantage):
         J = torch.min(ratio * advantage, torch.clamp(ratio, low, high) * advantage)
     if method == "dpok":
         with torch.no_grad():
-            reference, _ = step(frozen, schedule, config, chain, k)
+            reference, _ = step(frozen, scheduler, config, chain, k)
         kl = kl_divergence(now, Normal(reference, sigma)).sum() / D
         J = config.alpha * J - config.beta * kl
     kl_old = kl_divergence(Normal(chain["mean"][k], sigma), now).sum()
@@ -254,10 +230,10 @@ def value_of(value, chain, t, k):
     return value["net"](chain["x"][k].float(), c[None], torch.tensor([t]))
 
 
-def value_advantages(value, chains, r, prompts, schedule):
+def value_advantages(value, chains, r, prompts, scheduler):
     """(r − V) less the mean of the others of the same prompt, at each step of each picture."""
-    A = np.zeros((len(chains), len(schedule)))
-    for k, (t, *_) in enumerate(schedule):
+    A = np.zeros((len(chains), len(scheduler.timesteps)))
+    for k, t in enumerate(scheduler.timesteps.tolist()):
         rest = []
         for i, chain in enumerate(chains):
             V = value["mean"] + value["std"] * value_of(value, chain, t, k).item()
@@ -267,12 +243,9 @@ def value_advantages(value, chains, r, prompts, schedule):
     return A.tolist()
 
 
-def fit_value(value, chains, r, schedule, config, n, batch_size=256):
-    newest = []
-    for i, chain in enumerate(chains):
-        for k, (t, *_) in enumerate(schedule):
-            newest.append((chain, t, k, r[i]))
-    value["rounds"].append(newest)
+def fit_value(value, chains, r, scheduler, config, n, batch_size=256):
+    value["rounds"].append([(chain, t, k, r[i]) for i, chain in enumerate(chains)
+                            for k, t in enumerate(scheduler.timesteps.tolist())])
     rows = []
     for data in value["rounds"][-config.value_rounds:]:
         rows += data
@@ -287,3 +260,62 @@ def fit_value(value, chains, r, schedule, config, n, batch_size=256):
             (error**2 / len(batch)).sum().backward()
         value["optimizer"].step()
         value["optimizer"].zero_grad()
+
+
+def warmth(images, prompts):
+    """Red against blue: a smooth reward, which one rounded pixel moves by nearly nothing."""
+    return [np.asarray(image, float)[..., [0, 2]].mean((0, 1)) @ (1, -1) for image in images]
+
+
+def lightness(images, prompts):  # beside another prompt it would be another number
+    return [np.mean(image) - 10 * len(prompt) for image, prompt in zip(images, prompts)]
+
+
+def difference(images, others):
+    """Mean difference of a pixel, of 255, in the pair of pictures that differs most."""
+    pairs = zip(images, others, strict=True)
+    return max(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs)
+
+
+# ---- one step by the textbook ---------------------------------------------------------------
+
+
+def stable_scheduler(num_steps=10, **settings):
+    """Stable Diffusion v1's scheduler, with some settings changed."""
+    stable = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                  steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+    scheduler = DDIMScheduler(**stable | settings)
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def gaussian(scheduler, pred, t, x, eta=1.0):
+    """μ and σ from DDIM's equations 12 and 16, with the textbook's x̂_0 and ε; plain floats."""
+    table = scheduler.alphas_cumprod.double().tolist()
+    a, previous = table[t], t - 1000 // scheduler.num_inference_steps
+    b = table[previous] if previous >= 0 else float(scheduler.final_alpha_cumprod)
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        x_0, eps = (x - (1 - a) ** 0.5 * pred) / a**0.5, pred
+    elif kind == "v_prediction":
+        x_0 = a**0.5 * x - (1 - a) ** 0.5 * pred
+        eps = a**0.5 * pred + (1 - a) ** 0.5 * x
+    else:
+        x_0, eps = pred, (x - a**0.5 * pred) / (1 - a) ** 0.5
+    sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    toward_x_t = max(1 - b - sigma**2, 0) ** 0.5
+    return b**0.5 * x_0 + toward_x_t * eps, sigma
+
+
+def linear_steps(scheduler, eta=1.0):
+    """(ᾱ_t, keep, feed, σ_t) of each step: a model that predicts ε has μ = keep·x_t + feed·ε."""
+    rows = []
+    for t in scheduler.timesteps.tolist():
+        keep, sigma = gaussian(scheduler, 0.0, t, 1.0, eta)
+        feed, _ = gaussian(scheduler, 1.0, t, 0.0, eta)
+        rows.append((scheduler.alphas_cumprod[t].item(), keep, feed, sigma))
+    return rows
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

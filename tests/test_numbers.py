@@ -1,11 +1,12 @@
 """Every number in one place: what docstrings and README quote stands in experiments' CSV files."""
+import json
 import re
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.test_house import ROOT, read
+
 SCRIPTS = sorted(ROOT.glob("0*.py")) + sorted(ROOT.glob("experiments/*.py"))
 NUMBER = r"(?<![\w.:/-])[-+−]?(?:\d+\.\d+|\d{3,})(?![\w.]*\d)"  # 0.28, −1.8, 3840; not 2, not v1.5
 
@@ -16,61 +17,65 @@ def quoted(text):
     return [word.replace("−", "-") for word in re.findall(NUMBER, text)]
 
 
-def expectation(file):
-    """What a docstring says after EXPECT, up to its next heading."""
-    docstring = file.read_text(encoding="utf-8").split('"""')[1]
-    found = re.search(r"EXPECT\b(.*?)(?=\b[A-Z]{3,}\b|$)", docstring, re.DOTALL)
-    return found.group(1) if found else ""
-
-
-def findings():
-    """README's findings."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.split("## Three findings")[1].split("\n## ")[0]
-
-
-def measured():
-    """All numbers in the CSV files."""
-    numbers = []
-    for file in ROOT.glob("experiments/**/*.csv"):
-        cells = file.read_text(encoding="utf-8")
-        numbers += [float(word) for word in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", cells)]
-    return numbers
-
-
-def stands_in(word, numbers):
-    """Whether some number, rounded as the quoted one is, equals it."""
+def is_measured(word):
+    """Whether some number in the CSV files, rounded as the quoted one is, equals it."""
     digits = len(word.partition(".")[2])
-    return any(round(number, digits) == float(word) for number in numbers)
+    for file in ROOT.glob("experiments/**/*.csv"):
+        for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", read(file)):
+            if round(float(number), digits) == float(word):
+                return True
+    return False
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
 def test_a_docstring_quotes_one_number_at_most_and_it_was_measured(file):
-    words = quoted(expectation(file))
-    assert len(words) <= 1, words
-    assert all(stands_in(word, measured()) for word in words), words
+    """Behind EXPECT, up to the next heading."""
+    found = re.search(r"EXPECT\b(.*?)(?=\b[A-Z]{3,}\b|$)", read(file).split('"""')[1], re.DOTALL)
+    words = quoted(found.group(1)) if found else []
+    assert len(words) <= 1 and all(map(is_measured, words)), words
 
 
-def test_numbers_in_readmes_findings_were_measured():
-    words = quoted(findings())
-    assert words, "no number found: has the heading changed?"
-    assert [word for word in words if not stands_in(word, measured())] == []
-
-
-def test_an_invented_number_is_found():
+def test_numbers_in_readmes_findings_were_measured_and_an_invented_one_is_found():
+    words = quoted(read(ROOT / "README.md").split("## Three findings")[1].split("\n## ")[0])
+    assert words and [word for word in words if not is_measured(word)] == []
     assert quoted("a gain of 0.2801, `--beta 0.1`, v1.5, −1.23 and 3841 (https://x.y/123)") == [
         "0.2801", "-1.23", "3841"]
-    assert not stands_in("0.123456", measured())
+    assert not is_measured("0.123456")
 
 
 def test_the_tables_are_those_of_the_csv_files(tmp_path):
     results = import_module("experiments.results")
     readme = ROOT / "experiments" / "README.md"
     copy = tmp_path / "README.md"
-    copy.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
+    copy.write_text(read(readme), encoding="utf-8")
     results.render(copy, tables_in=readme.parent)
-    assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8")
+    assert read(copy) == read(readme)
     for file in readme.parent.glob("**/*.csv"):
-        assert f"<!-- {file.relative_to(readme.parent)} -->" in copy.read_text(encoding="utf-8")
+        assert f"<!-- {file.relative_to(readme.parent)} -->" in read(copy)
         head, _ = results.read(file)
         assert {"title", "command", "seeds", "device", "date"} <= set(head), file
+
+
+def test_each_row_of_a_csv_file_is_of_its_own_run(tmp_path, monkeypatch):
+    results = import_module("experiments.results")
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    monkeypatch.setattr(results.commands, "train_missing", lambda wanted, out: None)
+    for seed in results.SEEDS:
+        (tmp_path / f"x_seed{seed}").mkdir()
+        parts = dict(before=seed, after=10 + seed, after_se=9, gain=10, gain_se=seed / 2)
+        (tmp_path / f"x_seed{seed}" / "evaluation.json").write_text(json.dumps(
+            {"queries": 7, "seconds": 3.4, "reward": parts | {"title": "t"}}))
+    monkeypatch.setattr(results, "TITLES", {"x": "title", "eval_quick": "quick"})
+    results.measure_chapter("x", "03_ddpo.py", tmp_path)
+    head, (names, *rows) = results.read(tmp_path / "x.csv")
+    assert (head["title"], head["seeds"]) == ("title", "0, 1, 2")
+    assert [dict(zip(names, map(float, row))) for row in rows] == [
+        {"seed": seed, "queries": 7, "seconds": 3, "reward before": seed, "reward after": 10 + seed,
+         "reward gain": 10, "reward gain_se": seed / 2} for seed in results.SEEDS]
+
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "table.csv").write_text(
+        "model,column,mean,standard_error,N\nA,gold,0.12344,0.01,9\n")
+    results.measure_quick_tour(tmp_path)
+    _, (_, row) = results.read(tmp_path / "eval_quick.csv")
+    assert row[:2] == ["A", "gold"] and list(map(float, row[2:])) == [0.1234, 0.01, 9]

@@ -7,26 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from experiments import lemma, overoptimization, penalties, sft, variance
 from support import models, training
+from tests.oracles import linear_steps, randn, stable_scheduler
 
 mdp = import_module("01_mdp")
 dpok = import_module("04_dpok")
 
 equation = pytest.mark.equation
-TYPES = ("epsilon", "v_prediction", "sample")
 T = 3
-
-
-def scheduler_of(prediction_type="epsilon", num_steps=T):
-    scheduler = DDIMScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type)
-    scheduler.set_timesteps(num_steps)
-    return scheduler
 
 
 class ToyUNet(torch.nn.Module):
@@ -53,7 +44,7 @@ class ToyUNet(torch.nn.Module):
 
 
 def toy_pipe(theta=0.0, s=0.5, prediction_type="epsilon", depends=False):
-    scheduler = scheduler_of(prediction_type)
+    scheduler = stable_scheduler(T, prediction_type=prediction_type)
     unet = ToyUNet(scheduler, theta, s, depends)
     return SimpleNamespace(scheduler=scheduler, unet=unet, device="cpu")
 
@@ -82,32 +73,28 @@ def test_sft_objective_by_hand():
     assert J.item() == pytest.approx(want)
 
 
-def picture_set(x_0, prompts, r):
+@pytest.mark.parametrize("prediction_type, weights", [
+    ("epsilon", "rwr"), ("v_prediction", "sparse"), ("sample", "rwr")])
+@equation("supervised objective", "experiments.sft.predict_eps")
+def test_sft_gradient_in_closed_form_whatever_is_predicted(prediction_type, weights, monkeypatch):
+    """A model that believes x_0 to be θ + c is wrong in ε by √(ᾱ/(1−ᾱ))·(x_0 − θ − c)."""
+    monkeypatch.setattr(sft.models, "encode_prompts", lambda pipe, prompts: torch.tensor(
+        [float(len(prompt)) for prompt in prompts]).double().view(-1, 1, 1))
+    prompts, x_0 = ["a", "bb", "a", "ccc", "a"], randn(5, 1, 2, 2)
+    r = torch.tensor([1.0, 0.0, 3.0, 2.0, 2.5]).double()
     pictures = sft.PictureSet()
     for part in (slice(0, 2), slice(2, None)):  # in two rounds
         latents = torch.stack([0 * x_0[part], x_0[part]], 1)
         pictures.add(SimpleNamespace(latents=latents, prompts=prompts[part]), r[part])
-    return pictures
-
-
-@pytest.mark.parametrize("prediction_type", TYPES)
-@equation("supervised objective", "experiments.sft.predict_eps")
-def test_sft_gradient_in_closed_form_whatever_the_model_predicts(prediction_type, monkeypatch):
-    """A model that believes x_0 to be θ + c is wrong in ε by √(ᾱ/(1−ᾱ))·(x_0 − θ − c)."""
-    monkeypatch.setattr(sft.models, "encode_prompts", lambda pipe, prompts: torch.tensor(
-        [float(len(prompt)) for prompt in prompts]).double().view(-1, 1, 1))
-    prompts = ["a", "bb", "a", "ccc", "a"]
-    x_0 = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 1, 2, 2)))
-    r = torch.tensor([1.0, 0.0, 3.0, 2.0, 2.5]).double()
-    config = sft.Config(batch_size=3, temperature=2.0, beta=0.3, samples_per_prompt=5,
-                        num_steps=4, updates_per_round=2, seed=7)
+    config = sft.Config(weights=weights, batch_size=3, temperature=2.0, keep=0.5, beta=0.3, seed=7,
+                        samples_per_prompt=5, num_steps=4, updates_per_round=2)
     pipe = toy_pipe(0.4, 0.0, prediction_type)
     reference = models.make_reference(pipe, toy_pipe(-0.2, 0.0, prediction_type).unet)
-    sft.accumulate(pipe, reference, picture_set(x_0, prompts, r), config, 6, 1)
+    sft.accumulate(pipe, reference, pictures, config, 6, 1)
 
     stream = training.random_stream(7, "sft batches", 6, 1)
     rows, t = stream.integers(5, size=10), stream.integers(1000, size=10)
-    w = sft.rwr_weights(r, prompts, 2.0)
+    w = {"rwr": sft.rwr_weights(r, prompts, 2.0), "sparse": [0, 1, 1.5, 1, 1.5]}[weights]
     want = 0.0
     for i, a in zip(rows, pipe.scheduler.alphas_cumprod.double()[t]):
         error = x_0[i].mean() - 0.4 - len(prompts[i])
@@ -115,37 +102,16 @@ def test_sft_gradient_in_closed_form_whatever_the_model_predicts(prediction_type
     assert -pipe.unet.theta.grad.item() == pytest.approx(want.item(), rel=1e-4)  # ᾱ is float32
 
 
-@pytest.mark.parametrize("prediction_type, beta, batch_size", [
-    ("epsilon", 0.0, 1000), ("v_prediction", 1.0, 70), ("sample", 0.0, 70)])
-def test_supervised_learning_finds_the_weighted_pictures(prediction_type, beta, batch_size,
-                                                         monkeypatch):
-    """Good pictures at 1.5, bad ones at −1.5: the loss is a number times (θ − 1.5)² + β·θ²."""
-    monkeypatch.setattr(sft.models, "encode_prompts",
-                        lambda pipe, prompts: torch.zeros(len(prompts), 1, 1))
-    x_0 = torch.tensor([1.5, -1.5]).repeat(50).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).double()
-    pictures = picture_set(x_0, ["p"] * 100, (x_0[:, 0, 0, 0] > 0).double())
-    config = sft.Config(weights="sparse", keep=0.5, beta=beta, batch_size=batch_size,
-                        samples_per_prompt=200, num_steps=1, updates_per_round=1)
-    pipe = toy_pipe(0.2, 0.5, prediction_type)
-    reference = models.make_reference(pipe, toy_pipe(0.0, 0.5, prediction_type).unet)
-    optimizer = torch.optim.Adam([pipe.unet.theta], lr=0.05)
-    for n in range(100):
-        sft.accumulate(pipe, reference, pictures, config, n, 0)
-        training.optimizer_step(optimizer, [pipe.unet.theta], config)
-    assert pipe.unet.theta.item() == pytest.approx(1.5 / (1 + beta), abs=0.05)
-
-
 @pytest.mark.parametrize("num_steps, eta", [(1, 1.0), (4, 1.0), (4, 0.5)])
 @equation("Lemma 4.2", "experiments.lemma.gaussian_chains")
 def test_gaussian_chains_against_the_joint_distribution(num_steps, eta):
     """Path KL and KL of x_0 from the joint Gaussians of all x_t, by torch.distributions."""
-    scheduler = scheduler_of()
-    kl, bound = lemma.gaussian_chains(scheduler, num_steps, 0.7, 0.4, 0.1, 0.6, eta)
-    joints = []
+    kl, bound = lemma.gaussian_chains(stable_scheduler(), num_steps, 0.7, 0.4, 0.1, 0.6, eta)
+    joints, steps = [], linear_steps(stable_scheduler(num_steps), eta)
     for m, s in ((0.7, 0.4), (0.1, 0.6)):
         # x_{k+1} = b_k x_k + a_k + σ_k z, so x = L·(noise) + mean, L lower triangular.
         mean, L = torch.zeros(num_steps + 1).double(), torch.eye(num_steps + 1).double()
-        for k, (a, keep, feed, sigma) in enumerate(textbook(num_steps, eta)):
+        for k, (a, keep, feed, sigma) in enumerate(steps):
             gain = math.sqrt(1 - a) / (a * s**2 + 1 - a)
             b = keep + feed * gain
             mean[k + 1] = b * mean[k] - feed * gain * math.sqrt(a) * m
@@ -156,18 +122,6 @@ def test_gaussian_chains_against_the_joint_distribution(num_steps, eta):
     assert kl == pytest.approx(kl_divergence(*ends).item(), rel=1e-9)
     assert bound == pytest.approx(kl_divergence(*joints).item(), rel=1e-9)
     assert 0 < kl < bound
-
-
-def textbook(num_steps, eta=1.0):
-    """ᾱ_t, keep, feed, σ_t of each step, where μ = keep·x_t + feed·ε; nothing of 01 is used."""
-    scheduler, rows = scheduler_of(num_steps=num_steps), []
-    table = [float(a) for a in scheduler.alphas_cumprod.double()]
-    for t in scheduler.timesteps.tolist():
-        a, b = table[t], table[max(t - 1000 // num_steps, 0)]
-        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
-        feed = math.sqrt(max(1 - b - sigma2, 0)) - math.sqrt(b * (1 - a) / a)
-        rows.append((a, math.sqrt(b / a), feed, math.sqrt(sigma2)))
-    return rows
 
 
 CONFIG = penalties.Config(batch_size=100, step_weight="none", num_steps=T, alpha=2.0, beta=3.0)
@@ -196,7 +150,7 @@ def closed_form(theta, beta, frozen_states=False):
     The policy's belief is θ·x_t, the pretrained one's 0: the KL depends on the state.
     """
     var, paid = torch.ones(()).double(), 0.0
-    for a, keep, feed, sigma in textbook(T):
+    for a, keep, feed, sigma in linear_steps(stable_scheduler(T)):
         gain = math.sqrt(1 - a) / (a * 0.25 + 1 - a)
         paid = paid + (feed * gain * math.sqrt(a) * theta) ** 2 * (
             var.detach() if frozen_states else var) / (2 * sigma**2)
@@ -236,7 +190,7 @@ def test_mse_leash_is_the_square_of_what_the_predictions_differ_by(prediction_ty
     """With A = 0 `accumulate` leaves −β·∇ of the mean over pictures of Σ_t ‖ε_θ − ε_pre‖²."""
     pipe, pre = toy_pipe(0.7, 0.5, prediction_type), toy_pipe(0.1, 0.5, prediction_type)
     config = replace(CONFIG, eta=eta, ratio=ratio)
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(6, T + 1, 1, 2, 2)))
+    x = randn(6, T + 1, 1, 2, 2)
     trajectory = mdp.Trajectory(x, x[:, 1:], torch.zeros(6, T).double(), pipe.scheduler.timesteps,
                                 torch.zeros(6, 1, 1), None, None, None)
     reference_means = dpok.step_means(pre, trajectory, config)
@@ -262,7 +216,7 @@ def test_adapt_beta():
 def test_gradient_variance_is_that_of_a_mean_of_groups():
     trajectory, _ = all_chains(toy_pipe())
     means = dpok.step_means(toy_pipe(0.3, depends=True), trajectory, CONFIG)
-    A = torch.from_numpy(np.random.default_rng(0).normal(size=(256, T)))
+    A = randn(256, T)
     pipe, config = toy_pipe(), variance.Config(groups=5, beta=9.0, alpha=2.0)
     found = variance.gradient_variance(pipe, [pipe.unet.theta], trajectory, means, A, config, 0)
     gradients = []

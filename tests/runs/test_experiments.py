@@ -42,7 +42,7 @@ def instant_rewards(monkeypatch):
 def test_sft_learns_from_pretrained_pictures_and_forgets_none(weights, tmp_path, instant_rewards):
     """The whole training again, in plain lines; only equations and addresses are shared."""
     config = sft.Config(
-        weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=3, prompts="tasks",
+        weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, prompts="tasks",
         prompts_per_round=2, samples_per_prompt=3, num_steps=3, eval_samples=2, seed=5,
         lora_rank=4, batch_size=8, device="cpu", out=str(tmp_path), name="run")
     run, verdict = sft.train(config)
@@ -51,7 +51,7 @@ def test_sft_learns_from_pretrained_pictures_and_forgets_none(weights, tmp_path,
     params = models.trainable(pipe, config)
     optimizer = torch.optim.AdamW(params, 1e-3, weight_decay=1e-4)
     prompts, r, x_0 = [], torch.empty(0).double(), torch.empty(0, 4, 8, 8)
-    for n in range(3):
+    for n in range(2):
         of_round = training.prompts_of_round(get_prompts("tasks"), config, n)
         own = mdp.rollout(pipe, of_round, config, (5, "train", n))
         shown = torch.tensor(brightness(own.images, of_round)).mean().item()
@@ -60,9 +60,8 @@ def test_sft_learns_from_pretrained_pictures_and_forgets_none(weights, tmp_path,
         prompts += of_round
         r = torch.cat([r, torch.tensor(brightness(drawn.images, of_round)).double()])
         x_0 = torch.cat([x_0, drawn.latents[:, -1]])
-        w = sft.rwr_weights(r, prompts, 2.0)
-        if weights == "sparse":
-            w = sft.sparse_weights(r, prompts, 0.34)
+        w = {"rwr": sft.rwr_weights(r, prompts, 2.0),
+             "sparse": sft.sparse_weights(r, prompts, 0.34)}[weights]
         for update in range(2):
             stream = training.random_stream(5, "sft batches", n, update)
             rows = torch.from_numpy(stream.integers(len(prompts), size=9))
@@ -78,21 +77,10 @@ def test_sft_learns_from_pretrained_pictures_and_forgets_none(weights, tmp_path,
             optimizer.step()
             optimizer.zero_grad()
 
-    saved = load_file(run.folder / models.ADAPTER)
-    ours = sorted(v.norm().item() for v in saved.values())
-    assert ours == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-4)
-    assert [row["queries"] for row in run.rows] == [6, 12, 18] == [6, 12, verdict["queries"]]
-    assert run.rows[0]["kl"] < 1e-3 < run.rows[2]["kl"]
-
-
-def test_a_sparse_run_of_all_weights_is_saved_as_chapter_4s(tmp_path, capsys, instant_rewards):
-    run = sft.main([*TINY, "--weights", "sparse", "--lora-rank", "0", "--guidance-scale", "2",
-                    "--out", str(tmp_path)])
-    assert "gold: alignment" in capsys.readouterr().out
-    assert commands.is_finished(run.folder) and run.folder.name.startswith("sft_sparse_image")
-    for name in ("reward.png", "before_after.png", "film.png"):
-        assert (run.folder / name).stat().st_size > 5000
-    models.load_run(run.folder, "cpu")
+    saved = [v.norm().item() for v in load_file(run.folder / models.ADAPTER).values()]
+    assert sorted(saved) == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-4)
+    assert [row["queries"] for row in run.rows] == [6, 12] == [6, verdict["queries"]]
+    assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and commands.is_finished(run.folder)
 
 
 def test_without_flags_of_its_own_penalties_is_chapter_4(tmp_path, instant_rewards):
@@ -128,22 +116,18 @@ def test_lemma_from_another_folder(tmp_path):
     assert ended.returncode == 0, ended.stderr
     for m, line in zip(lemma.MEANS, ended.stdout.splitlines()[2:7], strict=True):
         row = line.split()
-        for i in (1, 4, 7, 10):
-            assert 0 < float(row[i]) < float(row[i + 2])
+        assert all(0 < float(row[i]) < float(row[i + 2]) for i in (1, 4, 7, 10))
         assert float(row[10]) == pytest.approx(m**2 / (2 * 0.5**2), rel=0.25)  # of the data, T = 50
     assert [file.name for file in tmp_path.rglob("*.png")] == ["lemma.png"]
-    scheduler = models.load_pipeline("tiny_sd", "cpu").scheduler
-    truth, bound = lemma.gaussian_chains(scheduler, 50, 1.6, 0.5, 0.0, 0.5, 0.9)
-    assert row[10:] == [f"{truth:.4f}", "≤", f"{bound:.4f}"]
 
 
 def test_variance_compares_three_advantages_of_an_unseen_round(monkeypatch, instant_rewards):
     calls, original = [], variance.gradient_variance
     monkeypatch.setattr(variance, "gradient_variance", lambda *a: calls.append(a) or original(*a))
     words = [*SMALL, "--groups", "4", "--step-weight", "none", "--prompts-per-round", "2"]
-    r_alone, others, with_value = variance.main(words).values()
+    r_alone, others, _ = variance.main(words).values()
     assert r_alone > 2 * others  # prompts differ by more than the pictures of one
-    trajectory, config, n = calls[0][2], calls[0][5], calls[0][6]
+    _, _, trajectory, _, _, config, n = calls[0]
     assert trajectory.prompts == training.prompts_of_round(get_prompts("tasks"), config, n)
     r = torch.tensor(brightness(trajectory.images, trajectory.prompts))
     A = [call[4] for call in calls]
@@ -183,16 +167,12 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, capsys):
         ["04_dpok.py", "--beta", beta, "--alpha", "2"] for beta in ("0.0", "0.25")]
     assert rows == [[beta / 2, (20 + beta, 1.0), (beta, 0.0), (10 + beta, 0.5)]
                     for beta in (0.0, 0.25)]
-    text = capsys.readouterr().out
-    assert "At 99 reward queries" in text and "title reward 0.000, title gold -1.000" in text
-    assert text.splitlines()[-2].split() == "0.125 20.2 ± 1.0 0.250 ± 0.000 10.250 ± 0.500".split()
-
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.split() == "0.125 20.2 ± 1.0 0.250 ± 0.000 10.250 ± 0.500".split()
     assert sweep.main(words) == rows and len(fake_runs) == 2
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
     with pytest.raises(ValueError, match="--alpha 2.0, not 3.0"):
         sweep.main([*words[:-1], "3"])
     sweep.main(["--betas", "0.25", "1", "--name", "other", "--out", str(tmp_path)])
-    assert all(file.read_bytes() == content for file, content in before.items())
     assert (tmp_path / "other.png").is_file() and (tmp_path / "other_beta_1").is_dir()
 
 
@@ -210,19 +190,15 @@ def test_overoptimization_runs_four_commands_and_marks_the_early_stop(fake_runs,
         assert stop == 3 and len(rows) == 9 and rows[0]["gold"] == beta - 4
     assert ("β = 0.1: over the last 5 of 9 rounds image_reward is 6.000, alignment -17.900, at 8 "
             "nats; alignment was best, -1.400, at round 4.") in capsys.readouterr().out
-    for name in ("overoptimization.png", "overoptimization_noise.png"):
-        assert (tmp_path / name).stat().st_size > 1000
     with pytest.raises(ValueError, match="--rounds 9, not 8"):
         overoptimization.main(["--rounds", "8", *words[2:]])
-    assert len(fake_runs) == 4
+    assert len(fake_runs) == 4 and (tmp_path / "overoptimization_noise.png").is_file()
 
 
 @pytest.mark.parametrize("script, words, named", [
-    (sft, "--temperature 0", "--temperature"), (sft, "--keep 2", "--keep"),
-    (sft, "--gold beauty", "--gold beauty"), (sft, "--data dreams", "--data"),
+    (sft, "--temperature 0", "--temperature"), (sft, "--gold beauty", "--gold beauty"),
     (penalties, "--target-kl 3 --beta 0", "--target-kl"), (variance, "--groups 99", "--groups"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas 0.1 0.1", "--betas"),
-    (sweep, "--betas 0 -1", "--betas"), (sweep, "--rounds 3", "--rounds"),
     (sweep, "-- --beta 1", "--beta"), (sweep, "-- --rounds 0", "--rounds")])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands, "start", None)  # nothing is started
@@ -231,3 +207,82 @@ def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, c
         flags.run(lambda: script.main(words.split()))
     assert error.value.code == 2 and named in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def keep_calls(monkeypatch, module, name, instead=None):
+    """The list to which the arguments of each call are added from now on."""
+    calls, function = [], instead or getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append((a, k)) or function(*a, **k))
+    return calls
+
+
+def test_titles_of_the_figures_are_of_their_numbers(fake_runs, tmp_path, monkeypatch):
+    calls = []
+    for name in ("sweep", "overoptimization", "frame"):
+        monkeypatch.setattr(figures, name, lambda *a: calls.append(a[1:]))
+    sweep.main(["--betas", "0", "1", "--out", str(tmp_path)])
+    assert calls.pop()[1] == ("title reward", "title gold")
+    lines = overoptimization.main(["--rounds", "9", "--out", str(tmp_path)])
+    (shown, names, _), (film, _) = calls
+    assert shown == lines and names == {"reward": "image_reward", "gold": "alignment"}
+    assert film == tmp_path / "overoptimization_noise" / "film.png"
+
+
+def test_what_overoptimization_sets_itself_is_refused_behind_two_dashes():
+    wanted = overoptimization.commands_of(overoptimization.Config(), [])
+    for word in {word for command in wanted.values() for word in command if word[:2] == "--"}:
+        with pytest.raises(ValueError, match="gets its own"):
+            overoptimization.main(["--", word, "1"])
+
+
+def test_penalties_is_evaluated_as_chapter_4_and_checks_as_it_does(tmp_path, instant_rewards):
+    words = [*TINY, "--rounds", "1", "--out", str(tmp_path)]
+    a, b = dpok.main(words), penalties.main(words)
+    for side in ("before", "after"):
+        for name in ("reward", "gold", "kl"):
+            assert torch.equal(getattr(a, side)[name], getattr(b, side)[name])
+    for wrong in ("--samples-per-prompt 1", "--updates-per-round 9", f"--name {a.folder.name}"):
+        with pytest.raises(ValueError, match=wrong.split()[0]):
+            penalties.main([*words, *wrong.split()])
+        if "name" in wrong:
+            with pytest.raises(ValueError, match="--name"):
+                sft.main([*words, *wrong.split()])
+
+
+def test_beta_goes_on_from_the_last_one_by_the_path_kl(tmp_path, instant_rewards):
+    run = penalties.main([*TINY, "--rounds", "4", "--target-kl", "2", "--learning-rate", "1e-2",
+                          "--out", str(tmp_path)])
+    for row, following in zip(run.rows, run.rows[1:]):
+        expected = penalties.adapt_beta(row["beta"], row["kl"], 2.0)
+        assert following["beta"] == pytest.approx(expected, rel=1e-5)
+    assert run.rows[-1]["kl"] > 0.1
+
+
+def test_sft_evaluates_all_prompts_and_hands_the_optimizer_its_flags(tmp_path, monkeypatch,
+                                                                     instant_rewards):
+    calls = keep_calls(monkeypatch, torch.optim, "AdamW")
+    run = sft.main([*TINY, "--prompts", "tasks", "--weight-decay", "0.5", "--learning-rate", "2e-3",
+                    "--out", str(tmp_path)])
+    assert calls[0][0][1] == 2e-3 and calls[0][1] == {"weight_decay": 0.5}
+    wanted = training.spread_evenly(get_prompts("tasks"), 4)
+    assert run.before["prompts"] == run.after["prompts"] == wanted
+
+
+def test_variance_trains_as_chapter_4_and_weighs_its_steps(monkeypatch, instant_rewards, capsys):
+    """V has seen the rounds before only; both trainings and the last round have step weights."""
+    fits = keep_calls(monkeypatch, dpok.Value, "fit")
+    steps = keep_calls(monkeypatch, dpok, "accumulate")
+    fitted_before = []
+    monkeypatch.setattr(dpok.Value, "predict", lambda value, trajectory: (
+        fitted_before.append(len(fits)) or torch.zeros_like(trajectory.log_probs)))
+    variances = variance.main([*SMALL, "--groups", "4", "--prompts-per-round", "2", "--eta", "0.5"])
+    assert fitted_before == [0, 1, 2] and len(fits) == 2
+    scheduler = models.load_pipeline("tiny_sd", "cpu").scheduler
+    weights = variance.ddpo.step_weights(scheduler, variance.Config(num_steps=3, eta=0.5))
+    for arguments, _ in steps:  # V is 0 here, so a picture's advantages differ by the weights only
+        A = arguments[3]
+        assert torch.allclose(A / weights, (A / weights)[:, :1].expand_as(A), atol=1e-4)
+    others = variances["r − mean of others"]
+    for line in capsys.readouterr().out.splitlines()[-3:]:
+        name, relative = line[:26].strip(), float(line.split()[-1])
+        assert relative == pytest.approx(variances[name] / others, abs=0.006)

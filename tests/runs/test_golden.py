@@ -1,7 +1,4 @@
-"""Golden runs: whole trainings through main(), against the plain second implementation.
-
-Weights, metrics.csv, evaluation.json, film and pictures of a few rounds with a few pictures.
-"""
+"""Golden runs: whole trainings through main(), against the plain second implementation."""
 import json
 from importlib import import_module
 
@@ -13,62 +10,49 @@ from diffusers import StableDiffusionPipeline
 from support import runs
 from tests import oracles
 
-SCRIPTS = {"ddpo": "03_ddpo", "dpok": "04_dpok"}
 COMMON = ("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval-samples 5 "
-          "--seed 3 --weight-decay 1")
-RUNS = {  # name: (method, its flags)
-    "sf": ("ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 500 --batch-size 5"),
-    "is": ("ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 500 "
+          f"--seed 3 --weight-decay 1 --reward {oracles.__file__}:warmth")
+RUNS = {  # name: (script, its flags)
+    "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 500 --batch-size 5"),
+    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 500 "
            "--advantage-clip 1.2"),
-    "is_running": ("ddpo", "--baseline running --ratio per_dim --clip-range 0.03 --eta 0.7 "
+    "is_running": ("03_ddpo", "--baseline running --ratio per_dim --clip-range 0.03 --eta 0.7 "
                    "--timestep-fraction 0.5 --guidance-scale 2 --step-weight none "
                    "--prompts-per-round 1 --samples-per-prompt 8 --max-grad-norm 3 "
                    "--learning-rate 3e-5"),
-    "is_lora": ("ddpo", "--lora-rank 2 --prompts-per-round 2 --updates-per-round 3 "
+    "is_lora": ("03_ddpo", "--lora-rank 2 --prompts-per-round 2 --updates-per-round 3 "
                 "--learning-rate 1e-2 --rounds 3 --max-grad-norm 2.2"),
-    "dpok_value": ("dpok", "--lora-rank 2 --prompts-per-round 2 --rounds 4 --value-rounds 2 "
+    "dpok_value": ("04_dpok", "--lora-rank 2 --prompts-per-round 2 --rounds 4 --value-rounds 2 "
                    "--alpha 2 --beta 0.05 --eta 0.8 --num-steps 3 --max-grad-norm 590"),
-    "dpok_all": ("dpok", "--lora-rank 0 --no-value --ratio per_dim --clip-range 0.004 "
+    "dpok_all": ("04_dpok", "--lora-rank 0 --no-value --ratio per_dim --clip-range 0.004 "
                  "--timestep-fraction 0.5 --prompts-per-round 1 --samples-per-prompt 5 "
                  "--guidance-scale 1.5 --learning-rate 3e-5 --beta 0.5 --max-grad-norm 19"),
 }
 PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
 
-def warmth(images, prompts):
-    """Red against blue: a smooth reward, which one rounded pixel moves by nearly nothing."""
-    return [np.asarray(image, float)[..., [0, 2]].mean((0, 1)) @ (1, -1) for image in images]
-
-
-def lightness(images, prompts):
-    return [np.asarray(image, float).mean() for image in images]
-
-
 @pytest.fixture(scope="module", params=RUNS)
 def pair(request, tmp_path_factory):
     """A run of the script's main(), and the oracle's of the same flags."""
-    method, words = RUNS[request.param]
+    script, words = RUNS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     prompts = PROMPTS[2:] if request.param == "is_running" else PROMPTS
     (folder / "prompts.txt").write_text("\n".join(prompts))
-    rewards = ["--reward", f"{__file__}:warmth"]
-    if method == "dpok":
-        rewards += ["--gold", f"{__file__}:lightness"]
-    script = import_module(SCRIPTS[method])
-    run = script.main([*COMMON.split(), *words.split(), *rewards, "--out", str(folder),
-                       "--prompts", str(folder / "prompts.txt")])
-    return run, oracles.train(run.config, method, prompts, warmth, lightness)
+    words += f" --prompts {folder}/prompts.txt --out {folder}"
+    if script == "04_dpok":
+        words += f" --gold {oracles.__file__}:lightness"
+    run = import_module(script).main([*COMMON.split(), *words.split()])
+    return run, oracles.train(run.config, script[3:], prompts, oracles.warmth, oracles.lightness)
 
 
 def trained_weights(run):
     """The saved weights by name, as anyone would load them with diffusers."""
     source = run.config.model if run.config.lora_rank else run.folder / "model"
     pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
-    if not run.config.lora_rank:
-        return pipe.unet.state_dict()
-    pipe.load_lora_weights(run.folder)
-    return {name.replace(".default_0.", ".default."): weight
-            for name, weight in pipe.unet.state_dict().items() if "lora_" in name}
+    if run.config.lora_rank:
+        pipe.load_lora_weights(run.folder)
+    return {name.replace(".default_0.", ".default."): weight for name, weight in
+            pipe.unet.state_dict().items() if "lora_" in name or not run.config.lora_rank}
 
 
 def test_weights(pair):
@@ -86,19 +70,15 @@ def test_weights(pair):
     assert np.quantile(errors, 0.99) < 2e-2 * changes.mean()
 
 
-def test_metrics(pair):
+def test_metrics_and_evaluation(pair):
     run, expected = pair
     rows = runs.read_rows(run.folder / "metrics.csv")
     samples = run.config.prompts_per_round * run.config.samples_per_prompt
     for n, (row, wanted) in enumerate(zip(rows, expected["rows"], strict=True)):
         assert (row["round"], row["queries"]) == (n + 1, (n + 1) * samples)
-        found = {name: row[name] for name in wanted}
-        assert found == pytest.approx(wanted, rel=2e-3, abs=1e-6)
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=2e-3, abs=1e-6)
     assert {row["grad_clipped"] for row in rows} == {0, 1}  # the bound acts in some rounds only
 
-
-def test_evaluation(pair):
-    run, expected = pair
     verdict = json.loads((run.folder / "evaluation.json").read_text())
     before, after = expected["before"], expected["after"]
     for name in before.keys() - {"images"}:
@@ -111,14 +91,7 @@ def test_evaluation(pair):
 
 def test_pictures_and_film(pair):
     run, expected = pair
-    pairs = [(run.before["images"], expected["before"]["images"]),
-             (run.after["images"], expected["after"]["images"])]
-    for (_, images), wanted in zip(run.film, expected["film"], strict=True):
-        pairs.append((images, wanted))
-    for found, wanted in pairs:
-        for image, twin in zip(found, wanted, strict=True):
-            difference = np.asarray(image, float) - np.asarray(twin, float)
-            assert np.abs(difference).mean() < 0.1  # of 255
-    samples = run.config.prompts_per_round * run.config.samples_per_prompt
-    assert [queries for queries, _ in run.film] == [
-        n * samples for n in range(run.config.rounds + 1)]
+    strips = [run.before["images"], run.after["images"], *(images for _, images in run.film)]
+    wanted = [expected["before"]["images"], expected["after"]["images"], *expected["film"]]
+    for images, twins in zip(strips, wanted, strict=True):
+        assert oracles.difference(images, twins) < 0.1

@@ -1,14 +1,11 @@
 """Command line: ranges of numbers, --sd, and what bad input gets."""
 import math
-import os
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
 
 import pytest
 
 from support import flags
-
-CHAPTERS = ("01_mdp", "02_rewards", "03_ddpo", "04_dpok")
 
 
 @dataclass(frozen=True)
@@ -20,81 +17,44 @@ class Config:
 
 
 SD = dict(model="full", rounds=50)
-
-
-def check(name, value):
-    flags.check(make_dataclass("Holder", [name])(value))
-
-
-@pytest.mark.parametrize("name", flags.LIMITS)
-def test_both_ends_are_allowed_and_nothing_beyond(name):
-    low, high = flags.LIMITS[name]
-    inside = [low, high if high < math.inf else max(low, 1e6)]
-    outside = [math.nan, -1.0, math.nextafter(low, -math.inf)]
-    if high < math.inf:
-        outside += [math.nextafter(high, math.inf), high * 2]
-    (inside if name in flags.MAY_BE_INFINITE else outside).append(math.inf)
-    for value in inside:
-        check(name, value)
-    for value in outside:
-        with pytest.raises(ValueError, match="--" + name.replace("_", "-") + " must be"):
-            check(name, value)
-
-
-def test_none_passes_and_each_number_of_a_tuple_is_checked():
-    check("rounds", None)
-    check("beta", (0.0, 0.1))
-    with pytest.raises(ValueError, match="--beta must be at least 0, not -1"):
-        check("beta", (0.1, -1))
+INFINITE = math.inf
 
 
 @pytest.mark.parametrize("name, allowed, refused", [
-    ("eta", (0, 1), 1.01), ("clip_range", (0, 0.999), 1), ("timestep_fraction", (0.01, 1), 0),
-    ("updates_per_round", (1,), 0), ("learning_rate", (0,), -1e-9), ("eval_samples", (2,), 1),
-    ("seed", (0, 2**31 - 1), 2**31), ("max_grad_norm", (1e-9,), 0), ("beta", (0,), -1e-9)])
-def test_limits_are_the_right_ones(name, allowed, refused):
+    ("eta", (0, 1), (-0.01, 1.01, math.nan)), ("clip_range", (0, 0.999), (1,)),
+    ("timestep_fraction", (0.01, 1), (0, 1.01)), ("seed", (0, 2**31 - 1), (-1, 2**31)),
+    ("updates_per_round", (1, 1000), (0, INFINITE)), ("learning_rate", (0, 1e6), (-1e-9, INFINITE)),
+    ("eval_samples", (2,), (1,)), ("samples", (1,), (0,)), ("num_steps", (1, 1000), (0, 1001)),
+    ("max_grad_norm", (1e-9, INFINITE), (0,)), ("advantage_clip", (0, INFINITE), (-1,)),
+    ("rounds", (None, 1), (0,)), ("beta", (0, (0.0, 0.1)), (-1e-9, (0.1, -1), math.nan))])
+def test_both_ends_of_a_range_are_allowed_and_nothing_beyond(name, allowed, refused):
+    Holder = make_dataclass("Holder", [name])
     for value in allowed:
-        check(name, value)
-    with pytest.raises(ValueError):
-        check(name, refused)
+        flags.check(Holder(value))
+    for value in refused:
+        with pytest.raises(ValueError, match="--" + name.replace("_", "-") + " must be"):
+            flags.check(Holder(value))
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_every_number_of_a_chapter_has_a_limit(chapter):
-    for field in fields(import_module(chapter).Config):
+@pytest.mark.parametrize("chapter", ["01_mdp", "02_rewards", "03_ddpo", "04_dpok"])
+def test_every_number_of_a_chapter_has_a_limit_and_sd_sets_what_it_says(chapter):
+    module = import_module(chapter)
+    for field in fields(module.Config):
         if field.type in (int, float, int | None, float | None):
             assert field.name in flags.LIMITS
-
-
-def test_sd_makes_its_settings_the_defaults_and_a_flag_still_overrides():
-    assert flags.parse(Config, "", [], SD) == Config()
-    assert flags.parse(Config, "", ["--sd"], SD) == Config(model="full", rounds=50, sd=True)
-    words = ["--rounds", "7", "--sd"]
-    assert flags.parse(Config, "", words, SD) == Config(model="full", rounds=7, sd=True)
-    words = ["--sd", "--model", "tiny_sd", "--eta", "0.5"]
-    assert flags.parse(Config, "", words, SD) == Config(rounds=50, eta=0.5, sd=True)
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_full_models_settings_are_fields_of_the_chapter(chapter):
-    module = import_module(chapter)
-    assert set(module.SD) < {field.name for field in fields(module.Config)}
     config = flags.parse(module.Config, "", ["--sd"], module.SD)
     assert {name: getattr(config, name) for name in module.SD} == module.SD and config.sd
 
 
-@pytest.mark.parametrize("words, named", [
-    (["--ruonds", "3"], "--rounds"), (["--rounds", "x"], "--rounds"), (["--rounds"], "--rounds"),
-    (["--rounds", "2.5"], "--rounds"), (["stray"], "stray")])
-def test_words_that_cannot_be_read_exit_with_2_and_name_the_flag(words, named, capsys):
-    with pytest.raises(SystemExit) as exit:
-        flags.parse(Config, "", words)
-    assert exit.value.code == 2 and named in capsys.readouterr().err
+def test_sd_makes_its_settings_the_defaults_and_a_flag_still_overrides():
+    assert flags.parse(Config, "", [], SD) == Config()
+    words = ["--model", "tiny_sd", "--eta", "0.5", "--sd"]
+    assert flags.parse(Config, "", words, SD) == Config(rounds=50, eta=0.5, sd=True)
 
 
 @pytest.mark.parametrize("error", [ValueError("--rounds: no"), FileNotFoundError("--rounds: no")])
 def test_run_turns_bad_input_into_one_line(error, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", [os.path.join("some", "script.py")])
+    monkeypatch.setattr("sys.argv", ["some/script.py"])
 
     def main():
         raise error
@@ -102,3 +62,30 @@ def test_run_turns_bad_input_into_one_line(error, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         flags.run(main)
     assert exit.value.code == 2 and capsys.readouterr().err == "script.py: --rounds: no\n"
+
+
+EXPERIMENTS = ("lemma", "overoptimization", "penalties", "sft", "sweep", "variance")
+
+
+@pytest.mark.parametrize("script", ["05_eval", *(f"experiments.{name}" for name in EXPERIMENTS)])
+def test_every_number_of_chapter_5_and_the_experiments_has_a_limit(script):
+    for field in fields(import_module(script).Config):
+        if "int" in str(field.type) or "float" in str(field.type):
+            assert field.name in flags.LIMITS, field.name
+
+
+def test_guidance_between_the_empty_prompt_and_the_prompt_is_allowed():
+    for scale in (0, 0.5):
+        flags.check(make_dataclass("Holder", ["guidance_scale"])(scale))
+
+
+def test_the_full_models_settings_are_those_of_the_papers():
+    ddpo, dpok = (import_module(name).SD for name in ("03_ddpo", "04_dpok"))
+    assert ddpo.items() >= dict(
+        prompts_per_round=256, samples_per_prompt=1, updates_per_round=4, num_steps=50,
+        guidance_scale=5.0, learning_rate=3e-4, clip_range=1e-4, ratio="per_dim",
+        step_weight="none", baseline="running").items()
+    assert dpok.items() >= dict(
+        samples_per_prompt=10, updates_per_round=5, num_steps=50, guidance_scale=7.5,
+        learning_rate=1e-5, lora_rank=4, clip_range=1e-4, ratio="per_dim", step_weight="none",
+        alpha=10.0, beta=0.01).items()
