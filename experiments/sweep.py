@@ -6,13 +6,13 @@ A small β lets the policy go wherever the proxy is high, a large one keeps it a
 model. Between them the same reward queries buy different pairs of proxy and KL; and gold, which is
 never trained on, says where the proxy stops being worth its nats.
 
-RUN `python experiments/sweep.py`: 20 minutes on two CPU cores. It prints and starts one command for
+RUN `python experiments/sweep.py`: six minutes on two CPU cores. It prints and starts one command for
 each β (you can type the same), leaves out those whose run is finished, and refuses a finished run
 that was made with other settings. Flags behind a lone -- are passed on to chapter 4:
 
     python experiments/sweep.py --betas 0 0.01 0.1 --name short -- --rounds 10 --prompts tasks
 
-EXPECT the path KL at β = 0 to be some ten times that at chapter 4's β, for the same gold.
+EXPECT the path KL at β = 0 to be some four times that at chapter 4's β, for the same gold.
 WRITES runs/sweep_beta_B/ for each β (run folders as chapter 4's) and the plot runs/sweep.png.
 """
 import json

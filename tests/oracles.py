@@ -47,7 +47,7 @@ def train(config, method, prompts, reward, gold=None):
         order = random(config.seed, MINIBATCHES, n).permutation(B)
         updates = config.updates_per_round or {"sf": 1, "is": 2}[config.estimator]
         for part in np.array_split(order, updates):
-            loss, kl_old, outside, pairs = 0, 0, 0, 0
+            kl_old, outside, pairs = 0, 0, 0
             for i in part.tolist():
                 kept = max(1, round(config.timestep_fraction * T))
                 steps = random(config.seed, TIMESTEPS, n, i).permutation(T)[:kept].tolist()
@@ -89,8 +89,7 @@ def in_turn(prompts, samples):
 
 def choose_prompts(config, prompts, n):
     """Shuffled passes one after the other, of which each round takes the next few."""
-    line = []
-    number = 0
+    line, number = [], 0
     while len(line) < (n + 1) * config.prompts_per_round:
         line += random(config.seed, PROMPTS, number).permutation(len(prompts)).tolist()
         number += 1
@@ -246,9 +245,7 @@ def value_advantages(value, chains, r, prompts, scheduler):
 def fit_value(value, chains, r, scheduler, config, n, batch_size=256):
     value["rounds"].append([(chain, t, k, r[i]) for i, chain in enumerate(chains)
                             for k, t in enumerate(scheduler.timesteps.tolist())])
-    rows = []
-    for data in value["rounds"][-config.value_rounds:]:
-        rows += data
+    rows = sum(value["rounds"][-config.value_rounds:], [])
     targets = [row[3] for row in rows]
     value["mean"], value["std"] = np.mean(targets), np.std(targets, ddof=1)
     order = random(config.seed, VALUE_BATCHES, n).permutation(len(rows)).tolist()

@@ -36,9 +36,6 @@ def diffusers_step(scheduler, pred, t, x, eta, noise):
     return scheduler.step(pred, t, x, eta=eta, variance_noise=noise).prev_sample
 
 
-# ---- how the model was pretrained -----------------------------------------------------------
-
-
 @pytest.mark.equation("x_t", "01_mdp.forward_process")
 def test_forward_process_is_what_diffusers_add_noise_does():
     scheduler, t = stable_scheduler(), torch.tensor([0, 1, 500, 999])
@@ -58,9 +55,6 @@ def test_denoising_loss_averages_over_pictures_and_numbers_and_weighs_pictures()
     assert loss.item() == pytest.approx((2 * errors[0] + 0.5 * errors[2]) / 3)
     with pytest.raises(AssertionError):
         mdp.denoising_loss(pred, eps, torch.ones(3, 1))
-
-
-# ---- one step: step_mean_std and what it is made of -----------------------------------------
 
 
 @pytest.mark.equation("DDIM eq. 12", "01_mdp.step_mean_std")
@@ -138,9 +132,6 @@ def test_steps_that_cannot_be_taken_are_refused(scheduler, t, message):
         mdp.step_mean_std(scheduler, x, t, x)
 
 
-# ---- log_prob, kl_divergence, noise_weight --------------------------------------------------
-
-
 @pytest.mark.equation("log p", "01_mdp.log_prob")
 @pytest.mark.equation("z", "01_mdp.standardize")
 @pytest.mark.equation("KL_t", "01_mdp.kl_divergence")
@@ -153,15 +144,9 @@ def test_log_prob_and_kl_and_their_gradients_are_torch_distributions():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
         gradients = [torch.autograd.grad(v.sum(), mean)[0] for v in (ours, theirs)]
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_half_precision_is_raised_before_the_arithmetic(dtype):
-    x, mean = (randn(2, 4, 8, 8, seed=s).to(dtype) for s in (1, 2))
-    std = torch.full((2, 1, 1, 1), 0.02, dtype=dtype)
+    low = [numbers.bfloat16() for numbers in (x, mean, std)]  # raised before the arithmetic
     for function in (mdp.log_prob, mdp.kl_divergence):
-        high = function(x.float(), mean.float(), std.float())
-        assert torch.equal(function(x, mean, std), high)
+        assert torch.equal(function(*low), function(*(numbers.float() for numbers in low)))
 
 
 def test_a_deterministic_row_gives_zero_and_no_gradient():
@@ -186,18 +171,9 @@ def test_noise_weight_is_the_derivative_of_the_mean_over_sigma(prediction):
         here, sigma = gaussian(scheduler, pred, t, x, 0.8)
         there, _ = gaussian(scheduler, pred + delta, t, x, 0.8)
         assert weights[k].item() == pytest.approx(((there - here) / delta).abs().item() / sigma)
-
-
-def test_noise_weight_is_large_where_the_lesson_says():
-    weight = mdp.noise_weight(stable_scheduler(), stable_scheduler().timesteps).tolist()
-    assert weight[8] == pytest.approx(8.3, abs=0.05)
-    assert all(0.9 < w < 1.4 for w in [*weight[:8], weight[9]])
     assert mdp.noise_weight(stable_scheduler(set_alpha_to_one=True), 1).tolist() == [math.inf]
     with pytest.raises(ValueError, match="clip_sample"):
         mdp.noise_weight(stable_scheduler(clip_sample=True), 1)
-
-
-# ---- the policy -----------------------------------------------------------------------------
 
 
 class FakeUNet:
@@ -256,11 +232,8 @@ def test_density_at_a_state_is_ddims_gaussian_of_its_own_step_and_prompt(predict
         torch.testing.assert_close(bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, x_t)
 
 
-# ---- rollout --------------------------------------------------------------------------------
-
-
 @pytest.mark.equation("rollout", "01_mdp.rollout")
-@pytest.mark.parametrize("eta, scale, steps", ((1.0, 1.0, 4), (0.6, 3.0, 5)))
+@pytest.mark.parametrize("eta, scale, steps", ((1.0, 1.0, 4), (0.6, 3.0, 5), (1.0, 0.0, 2)))
 @torch.no_grad()
 def test_rollout_is_a_slow_loop_over_diffusers_own_step(pipe, eta, scale, steps):
     config = mdp.Config(eta=eta, guidance_scale=scale, num_steps=steps, batch_size=2)
@@ -315,7 +288,6 @@ def test_no_policy_and_no_prompts_are_refused(prompts, eta, named, pipe):
 
 
 def test_mains_table_and_beliefs_are_of_its_flags(monkeypatch, tmp_path, capsys):
-    """κ/σ with --eta, x̂_0 with --guidance-scale, and the largest log-ratio of all steps."""
     drawn, original = [], mdp.policy_at
     monkeypatch.setattr(mdp.figures, "beliefs", lambda *arguments: drawn.extend(arguments))
 
@@ -324,16 +296,15 @@ def test_mains_table_and_beliefs_are_of_its_flags(monkeypatch, tmp_path, capsys)
         return mean + (len(i) == 1 and k[0].item() == 0) * 0.01, std
 
     monkeypatch.setattr(mdp, "policy_at", shifted)
-    mdp.main(["--eta", "0.5", "--guidance-scale", "2", "--num-steps", "3", "--prompts",
-              "four stars", "a red circle", "--device", "cpu", "--out", str(tmp_path / "b.png")])
+    mdp.main(["--eta", "0.5", "--guidance-scale", "2", "--num-steps", "3", "--prompts", *PROMPTS,
+              "--device", "cpu", "--out", str(tmp_path / "b.png")])
     _, _, *lines, largest, _ = [line.split() for line in capsys.readouterr().out.splitlines()]
     pipe = models.load_pipeline("tiny_sd", "cpu")
     config = mdp.Config(eta=0.5, guidance_scale=2.0, num_steps=3)
-    trajectory = mdp.rollout(pipe, ["four stars", "a red circle"], config, (0, "examples", 0))
+    trajectory = mdp.rollout(pipe, PROMPTS, config, (0, "examples", 0))
     weights = mdp.noise_weight(pipe.scheduler, trajectory.timesteps, 0.5)
     assert [float(line[2]) for line in lines] == pytest.approx(weights.tolist(), abs=1e-3)
     assert largest[-3] == max((line[-1].lstrip("-") for line in lines), key=float)
-    assert drawn[3] == [f"t = {t}" for t in trajectory.timesteps.tolist()]
     for k, t in enumerate(trajectory.timesteps):
         with torch.no_grad():
             eps = mdp.predict_noise(pipe.unet, trajectory.latents[:, k], t,
@@ -342,11 +313,3 @@ def test_mains_table_and_beliefs_are_of_its_flags(monkeypatch, tmp_path, capsys)
         x_0 = (trajectory.latents[:, k] - (1 - a).sqrt() * eps) / a.sqrt()
         for found, wanted in zip(drawn[2][k], models.decode(pipe, x_0), strict=True):
             assert np.abs(np.asarray(found, float) - np.asarray(wanted, float)).mean() < 0.5
-
-
-def test_guidance_0_draws_the_empty_prompts_pictures(pipe):
-    chains = []
-    for prompt, scale in (("four stars", 0.0), ("", 1.0)):
-        config = mdp.Config(num_steps=3, guidance_scale=scale)
-        chains.append(mdp.rollout(pipe, [prompt] * 2, config, (0, "examples", 0)).latents)
-    torch.testing.assert_close(*chains, rtol=0, atol=1e-3)

@@ -13,7 +13,6 @@ import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from support import flags
 from support import reward_models as nets
 from tiny_sd import shapes
 
@@ -78,7 +77,7 @@ def test_alignment_is_matches_over_the_larger_count():
     assert rewards.alignment(images, prompts) == pytest.approx(shares)
 
 
-# ---- aesthetic ------------------------------------------------------------------------------
+# ---- aesthetic and image_reward -------------------------------------------------------------
 
 LAION = {"0": (1024, 24), "2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
 
@@ -104,9 +103,6 @@ def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
     for layer in LAION:
         x = x @ weights[f"layers.{layer}.weight"].T + weights[f"layers.{layer}.bias"]
     assert got.tolist() == pytest.approx(x[:, 0].tolist(), abs=1e-4) and got.std() > 1e-3
-
-
-# ---- image_reward ---------------------------------------------------------------------------
 
 
 def image_reward_weights():
@@ -305,22 +301,19 @@ def run(pipe, tmp_path, monkeypatch, capsys):
     return main
 
 
-def test_main_draws_with_its_flags_and_prints_the_mean_of_each_prompt(run, pipe):
+def test_main_draws_with_its_flags_and_prints_the_mean_of_each_prompt(run, pipe, monkeypatch):
+    shown = []
+    monkeypatch.setattr(rewards.figures, "ranking", lambda *arguments: shown.extend(arguments))
     rows, images, prompts = run("mine:bright", "--samples 3 --num-steps 3 --eta 0.5 --seed 4 "
                                 "--guidance-scale 2")
     config = SimpleNamespace(num_steps=3, eta=0.5, guidance_scale=2.0, batch_size=100)
-    assert prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert shown[2] == prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert all(a is b for a, b in zip(shown[1], images, strict=True))
     want = rewards.mdp.rollout(pipe, prompts, config, (4, "examples", 0)).images
     assert np.abs(np.stack(images).astype(int) - np.stack(want)).max() <= 1
     means = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
     assert [" ".join(row[:-1]) for row in rows[1:3]] == PROMPTS
     assert [float(row[-1]) for row in rows[1:3]] == pytest.approx(means.tolist(), abs=1e-3)
-
-
-def test_sd_makes_the_published_settings_defaults_and_flags_override():
-    config = flags.parse(rewards.Config, "", ["--vlm", "judge", "--sd"], rewards.SD)
-    assert (config.num_steps, config.guidance_scale) == (50, 5)  # DDPO's
-    assert config.vlm == "judge" and config.clip == "openai/clip-vit-large-patch14"
 
 
 def test_main_prints_sums_and_rank_correlations_and_shows_as_many_pictures_as_asked(run, tmp_path):
@@ -341,13 +334,3 @@ def test_a_bad_picture_lies_beside_the_sheet_and_flags_are_named(run, tmp_path):
     assert Image.open(tmp_path / "bad_reward.png").size == (64, 64)
     with pytest.raises(ValueError, match="^--rewards beauty: "):
         run("alignment,beauty", "")
-
-
-def test_the_ranking_shows_the_pictures_that_were_scored(run, tmp_path,
-                                                             monkeypatch):
-    calls = []
-    monkeypatch.setattr(rewards.figures, "ranking", lambda *arguments: calls.append(arguments))
-    _, images, prompts = run("mine:bright", "--samples 2 --num-steps 1 --show 3")
-    (path, shown, asked, scores, show), = calls
-    assert (path, asked, show) == (tmp_path / "a.png", prompts, 3) and list(scores.values())[0].shape == (4,)
-    assert all(a is b for a, b in zip(shown, images, strict=True))

@@ -26,9 +26,6 @@ def example(eta=1.0, scale=1.0, B=9):
     return trajectory, trajectory.means + 0.05, A, pipe  # neither the old policy nor the present
 
 
-# ---- the objective --------------------------------------------------------------------------
-
-
 @pytest.mark.equation("DPOK", "04_dpok.dpok_objective")
 def test_alpha_weighs_the_surrogate_and_beta_takes_the_kl_away():
     log_prob, change, A, kl = randn(4, 7)
@@ -43,30 +40,21 @@ def test_alpha_weighs_the_surrogate_and_beta_takes_the_kl_away():
             dpok.dpok_objective(**inputs | bad, clip_range=0.2, alpha=1, beta=1)
 
 
+@pytest.mark.equation("KL_t", "04_dpok.path_kl")
 @pytest.mark.parametrize("eta, scale, batch_size", [(1.0, 1.0, 1000), (0.4, 3.0, 4)])
-def test_step_means_are_the_present_policys_at_every_state(eta, scale, batch_size):
-    """Each with its own state, timestep and prompt, past the empty prompt, and no gradient."""
-    trajectory, _, _, pipe = example(eta, scale)
+def test_step_means_and_path_kl_are_of_the_present_policy_at_every_state(eta, scale, batch_size):
+    trajectory, pre, _, pipe = example(eta, scale)
     config = replace(CONFIG, eta=eta, guidance_scale=scale, batch_size=batch_size)
     means = dpok.step_means(pipe, trajectory, config)
     by_hand, _ = chain.means_and_log_probs(pipe, trajectory, eta, scale)
     torch.testing.assert_close(means, by_hand.detach(), rtol=0, atol=1e-10)
     assert not means.requires_grad
-
-
-@pytest.mark.equation("KL_t", "04_dpok.path_kl")
-@pytest.mark.parametrize("eta", [0.4, 1.0])
-def test_path_kl_is_torch_distributions_at_every_step(eta):
-    trajectory, pre, _, pipe = example(eta)
-    kl = dpok.path_kl(pipe, trajectory, pre, replace(CONFIG, eta=eta))
+    kl = dpok.path_kl(pipe, trajectory, pre, config)
     assert kl.shape == (9, T)
     for k, (*_, sigma) in enumerate(chain.coefficients(eta)):
         now, reference = Normal(trajectory.means[:, k], sigma), Normal(pre[:, k], sigma)
         by_hand = kl_divergence(now, reference).sum((1, 2, 3))
         torch.testing.assert_close(kl[:, k], by_hand, rtol=1e-9, atol=0)
-
-
-# ---- accumulate -----------------------------------------------------------------------------
 
 
 @pytest.mark.equation("DPOK", "04_dpok.accumulate")
@@ -78,9 +66,6 @@ def test_accumulate_adds_the_gradient_of_minus_j(case):
     by_hand, seen = chain.gradient_by_hand(pipe, trajectory, A, pictures, config, 4, pre)
     chain.check_accumulate(
         lambda: dpok.accumulate(pipe, trajectory, pre, A, pictures, config, 4), pipe, by_hand, seen)
-
-
-# ---- what the leash does --------------------------------------------------------------------
 
 
 @pytest.mark.equation("DPOK's gradient", "04_dpok.dpok_objective")
@@ -139,9 +124,6 @@ def test_training_reaches_the_optimum_that_exp_of_the_reward_tilts_to():
     assert mean == pytest.approx(best, rel=0.03) and best < 0.8 * chain.GOAL  # β = 0 goes to GOAL
 
 
-# ---- the value function ---------------------------------------------------------------------
-
-
 def round_of_pictures(seed, B=40):
     """A float32 trajectory, as rollout's are, and rewards that its states and prompts tell of."""
     trajectory = chain.draw(chain.make_pipe(), B, torch.Generator().manual_seed(seed))
@@ -176,6 +158,9 @@ def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_f
     state = torch.get_rng_state()
     value, twin = make_value(), make_value()
     assert torch.equal(value.predict(first), torch.zeros(40, T))
+    equal = make_value()
+    equal.fit(first, 0 * r_first + 3, 0)  # equal rewards leave a number
+    assert (equal.predict(first) - 3).abs().max() < 1e-3
     value.fit(first, r_first, 0)
     twin.fit(first, r_first, 0)
     before = value.predict(second)
@@ -186,11 +171,14 @@ def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_f
     assert torch.equal(state, torch.get_rng_state()), "global random numbers were drawn"
 
 
-def test_value_is_fitted_on_the_latest_rounds_only_and_on_each_pictures_own_reward():
+def test_value_is_fitted_on_the_latest_rounds_and_each_pictures_own_reward(monkeypatch):
+    calls, original = [], training.random_stream
+    monkeypatch.setattr(training, "random_stream", lambda *a: calls.append(a) or original(*a))
     value = make_value(value_rounds=2)
     rounds = [round_of_pictures(n, 5) for n in range(4)]
     for n, (trajectory, r) in enumerate(rounds):
         value.fit(trajectory, r, n)
+    assert calls[1:] == [(CONFIG.seed, "value batches", n) for n in range(4)]
     assert len(value.rounds) == 2
     for (x_t, c, t, target), (trajectory, r) in zip(value.rounds, rounds[2:]):
         for i in range(5):
@@ -211,18 +199,3 @@ def test_value_advantage_is_a_loop_over_a_picture_and_the_others_at_each_step():
         rest = [reward[j] - V[j] for j in range(5) if j != i and prompts[j] == prompts[i]]
         expected = reward[i] - V[i] - sum(rest) / len(rest)
         torch.testing.assert_close(A[i], expected, rtol=0, atol=1e-12)
-
-
-def test_equal_rewards_leave_a_value_that_is_a_number():
-    value, (trajectory, r) = make_value(), round_of_pictures(0)
-    value.fit(trajectory, 0 * r + 3, 0)
-    assert (value.predict(trajectory) - 3).abs().max() < 1e-3
-
-
-def test_value_reads_its_rounds_in_another_order_each_time(monkeypatch):
-    value, (trajectory, r) = make_value(), round_of_pictures(0)
-    calls, original = [], training.random_stream
-    monkeypatch.setattr(training, "random_stream", lambda *a: calls.append(a) or original(*a))
-    for n in (0, 1):
-        value.fit(trajectory, r, n)
-    assert calls == [(CONFIG.seed, "value batches", n) for n in (0, 1)]

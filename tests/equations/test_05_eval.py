@@ -1,6 +1,7 @@
 """Chapter 5's statistics, against closed forms, plain loops and rows made by hand."""
 import math
 from importlib import import_module
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,9 +11,6 @@ from support import tables
 from tests.oracles import randn
 
 ev = import_module("05_eval")
-
-
-# ---- the interval of a difference -----------------------------------------------------------
 
 
 @pytest.mark.equation("bootstrap", "05_eval.paired_bootstrap")
@@ -38,8 +36,7 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
 
 @pytest.mark.equation("bootstrap", "05_eval.paired_bootstrap")
 def test_bootstrap_interval_of_two_numbers_by_hand():
-    """Means of two draws from {0, 1} are 0, ½, 1 with shares ¼, ½, ¼."""
-    d = torch.tensor([0.0, 1.0]).double()
+    d = torch.tensor([0.0, 1.0]).double()  # means of two draws: 0, ½, 1 with shares ¼, ½, ¼
     assert ev.paired_bootstrap(d, level=0.4) == (0.5, 0.5, 0.5)
     assert ev.paired_bootstrap(d, level=0.6) == (0.5, 0, 1)
 
@@ -51,17 +48,10 @@ def test_verdict_of_intervals_above_below_and_around_0():
         assert ev.verdict(low, high) == "cannot be told from chance"
 
 
-# ---- diversity ------------------------------------------------------------------------------
-
-
 def plain_diversity(f):
     """Mean distance over all ordered pairs of different pictures."""
-    distances = []
-    for i, a in enumerate(f):
-        for j, b in enumerate(f):
-            if i != j:
-                distances.append(1 - (a @ b).item() / math.sqrt((a @ a) * (b @ b)))
-    return sum(distances) / len(distances)
+    distances = [1 - a @ b / (a.norm() * b.norm()) for a, b in permutations(f, 2)]
+    return sum(distances).item() / len(distances)
 
 
 @pytest.mark.equation("diversity", "05_eval.diversity_values")
@@ -77,9 +67,6 @@ def test_diversity_values_average_to_a_double_loop_and_are_those_of_leaving_one_
     assert ev.diversity_values(f[:2]).isnan().tolist() == [True, True]  # too few to leave one out
 
 
-# ---- best of n ------------------------------------------------------------------------------
-
-
 @pytest.mark.equation("best of n", "05_eval.best_of_n_kl")
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
@@ -89,22 +76,16 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
     assert ev.best_of_n_kl(n) == pytest.approx((p * p.log()).mean().item(), abs=1e-4)
 
 
-# ---- pairs of pictures ----------------------------------------------------------------------
-
-
 def make_rows(values, split="seen", family="f", first=0):
     return [{"picture": first + i, "split": split, "family": family, "gold": value}
             for i, value in enumerate(values)]
 
 
-def test_picture_means_average_the_seeds_in_the_pictures_order():
+def test_picture_means_average_seeds_and_keep_splits_and_families_apart_and_drop_nan():
     rows = make_rows([1.0, 2.0, 6.0]) + make_rows([3.0, 4.0, 7.0])  # two seeds
     for order in ([0, 1, 2, 3, 4, 5], [5, 0, 4, 2, 1, 3]):
         means = tables.picture_means([rows[i] for i in order], "gold")
         assert means.tolist() == [2, 3, 6.5] and means.dtype == torch.float64
-
-
-def test_picture_means_keep_splits_and_families_apart_and_drop_nan():
     rows = [*make_rows([1.0, 2.0]), *make_rows([3.0, math.nan], family="g", first=2),
             *make_rows([5.0], "unseen", first=4), *make_rows([6.0], "unseen", "g", first=5)]
     assert tables.picture_means(rows, "gold").tolist() == [1, 2, 3]

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 from dataclasses import fields
 from importlib import import_module
@@ -47,7 +48,6 @@ METHODS = {"RWR": ("experiments/sft.py", "weights", "rwr"),
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two real runs, compared by --runs."""
     out = tmp_path_factory.mktemp("compared")
     dpok.main([*TRAIN, "--out", str(out), "--name", "adapters", "--lora-rank", "2",
                "--learning-rate", "2e-2", "--reward", REWARD, "--gold", GOLD])
@@ -67,7 +67,6 @@ def methods(tmp_path_factory):
 
 
 def evaluate(out, *words):
-    """main() with make_runs in the place of training, and what can be seen of it."""
     calls, draws = [], figures.evaluation
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "train_missing", make_runs)
@@ -209,14 +208,10 @@ def test_each_claim_is_what_samples_csv_alone_says(methods):
         assert row["claim"].startswith(start)
         assert (row["a"], row["b"], row["metric"], row["split"]) == (a, b, metric, split)
         x, y = (by_picture(methods.samples, model, metric, split) for model in (a, b))
-        d = x - y
-        chosen = np.random.default_rng(99).integers(len(d), size=(40000, len(d)))
-        ends = np.quantile(d[chosen].mean(1), [0.025, 0.975])
-        low, high = float(row["low"]), float(row["high"])
-        assert (float(row["mean"]), int(row["pairs"])) == (pytest.approx(d.mean()), len(d))
-        assert (low, high) == pytest.approx(tuple(ends), abs=0.05 * (ends[1] - ends[0]))
-        assert row["verdict"] == ("holds" if low > 0 else "FAILS" if high < 0 else
-                                  "cannot be told from chance")
+        mean, low, high = ev.paired_bootstrap(torch.from_numpy(x - y))
+        assert column([row], "mean") == pytest.approx([np.mean(x - y)]) == [mean]
+        assert column([row], "low") + column([row], "high") == pytest.approx([low, high])
+        assert (row["pairs"], row["verdict"]) == (str(len(x)), ev.verdict(low, high))
 
 
 def test_page_and_figures_show_the_first_seeds_pictures_and_all_seeds_rewards(methods, compared):
@@ -261,13 +256,14 @@ def test_a_quick_tour_draws_no_claims_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    "--sd", "--samples 9 --seeds 2 --seed 4 --model m --reward r --gold g --prompts count "
-    "--rounds 7 --prompts-per-round 3 --samples-per-prompt 6 --learning-rate 0.002 --lora-rank 3 "
-    "--lora-targets to_q conv1 --num-steps 9 --eta 0.6 --guidance-scale 2.5 --batch-size 11 "
-    "--device cpu --clip c --aesthetic-weights a --image-reward-weights i --vlm v "
-    "--vlm-questions q --bert b --bert-layer 2"])
+    "--sd", "--sd --quick", "--samples 1", "--samples 9 --seeds 2 --seed 4 --model m --reward r "
+    "--gold g --prompts count --rounds 7 --prompts-per-round 3 --samples-per-prompt 6 --eta 0.6 "
+    "--learning-rate 0.002 --lora-rank 3 --lora-targets to_q conv1 --num-steps 9 "
+    "--guidance-scale 2.5 --batch-size 11 --device cpu --clip c --aesthetic-weights a "
+    "--image-reward-weights i --vlm v --vlm-questions q --bert b --bert-layer 2"])
 def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(words):
-    config = flags.parse(ev.Config, None, words.split(), ev.SD)
+    config = flags.parse(ev.Config, None, words.split(), ev.SD, ev.QUICK)
+    assert config.rounds == 4 or not config.quick
     if config.sd:
         assert all(getattr(config, name) == dpok.SD[name] for name in ("model", "gold", "clip"))
     table = ev.commands_of(config)
@@ -283,21 +279,22 @@ def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(word
         expected |= module.SD | {"sd": True} if config.sd else {}
         expected |= {field: getattr(config, field) for field in shared & expected.keys()}
         expected |= {own: value, "seed": config.seed + int(seed),
-                     "eval_samples": min(40, config.samples)}
+                     "eval_samples": max(2, min(40, config.samples))}
         assert vars(job) == expected
 
 
 @pytest.mark.parametrize("words, named", [
     ("--runs nowhere", "--runs nowhere"), ("--runs RUN RUN", "given twice"),
     ("--gold beauty", "--gold beauty"), ("--others beauty", "--others beauty"),
-    ("--prompts dogs", "--prompts dogs"), ("--ballot --runs RUN", "--ballot"),
-    ("--votes x.json", "--out runs/eval\n"), ("--votes x.json --quick", "--out runs/quick\n"),
+    ("--prompts dogs", "--prompts dogs"), ("--prompts 'a purple cat'", "in 'a purple cat'"),
+    ("--ballot --runs RUN", "--ballot"), ("--votes x.json", "--out runs/eval\n"),
+    ("--votes x.json --quick", "--out runs/quick\n"),
     ("--votes x.json --runs RUN", "--out runs/eval_runs\n")])
 def test_bad_input_is_one_message_naming_the_flag(words, named, compared, tmp_path, capsys,
                                                   monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "train_missing", None)
-    words = words.replace("RUN", str(compared.folders["adapters"])).split()
+    words = shlex.split(words.replace("RUN", str(compared.folders["adapters"])))
     with pytest.raises(SystemExit) as exit:
         flags.run(lambda: ev.main(["--device", "cpu", *words]))
     assert exit.value.code == 2 and named in capsys.readouterr().err
@@ -305,7 +302,6 @@ def test_bad_input_is_one_message_naming_the_flag(words, named, compared, tmp_pa
 
 
 def test_ballot_from_runs_to_votes(tmp_path, monkeypatch, capsys):
-    """Labels belong to the pictures that were drawn; one rater always prefers DPOK's."""
     monkeypatch.setattr(commands, "train_missing", make_runs)
     words = [*COMMON, "--out", str(tmp_path)]
     ev.main([*words, "--ballot", "--seeds", "2", "--samples", "5"])
@@ -315,7 +311,7 @@ def test_ballot_from_runs_to_votes(tmp_path, monkeypatch, capsys):
     prompts = [prompt for prompt in TASKS.values() for _ in range(4)]
     drawn = {name: draw(tmp_path / "train" / f"{name}_seed0", prompts)[0]
              for name in ("DPOK", "SFT")}
-    places, votes = [], []
+    places, votes = [], []  # of a rater who always prefers DPOK's picture
     for i, (pair, secret) in enumerate(zip(data["pairs"], key["pairs"], strict=True)):
         left, right = ("DPOK", "SFT") if secret["left"] == "DPOK" else ("SFT", "DPOK")
         places.append(find(pair["left"], drawn[left]))
@@ -337,28 +333,7 @@ def test_ballot_from_runs_to_votes(tmp_path, monkeypatch, capsys):
 
 
 def find(uri, pictures):
-    """The place of a picture of the page among pictures."""
     shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     distances = [oracles.difference([shown], [picture]) for picture in pictures]
     assert min(distances) < 0.01
     return int(np.argmin(distances))
-
-
-def test_the_page_says_what_was_trained_on_or_only_measured(methods, compared):
-    assert "Trained on: " in methods.page and "Measured: " in compared.page
-
-
-def test_an_unknown_word_fails_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "train_missing", None)
-    with pytest.raises(ValueError, match="'purple'|'cat'"):
-        ev.main(["--prompts", "a purple cat", "--device", "cpu", "--out", str(tmp_path)])
-
-
-def test_commands_of_an_evaluation_of_one_picture_can_be_started():
-    for script, *words in ev.commands_of(ev.Config(samples=1)).values():
-        module = import_module(script.removesuffix(".py").replace("/", "."))
-        assert flags.parse(module.Config, None, words).eval_samples == 2
-
-
-def test_a_quick_tour_of_the_full_model_is_quick():
-    assert flags.parse(ev.Config, None, ["--sd", "--quick"], ev.SD, ev.QUICK).rounds == 4

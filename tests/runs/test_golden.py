@@ -33,7 +33,6 @@ PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
 @pytest.fixture(scope="module", params=RUNS)
 def pair(request, tmp_path_factory):
-    """A run of the script's main(), and the oracle's of the same flags."""
     script, words = RUNS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     prompts = PROMPTS[2:] if request.param == "is_running" else PROMPTS
@@ -46,7 +45,6 @@ def pair(request, tmp_path_factory):
 
 
 def trained_weights(run):
-    """The saved weights by name, as anyone would load them with diffusers."""
     source = run.config.model if run.config.lora_rank else run.folder / "model"
     pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
     if run.config.lora_rank:
@@ -70,7 +68,7 @@ def test_weights(pair):
     assert np.quantile(errors, 0.99) < 2e-2 * changes.mean()
 
 
-def test_metrics_and_evaluation(pair):
+def test_metrics_evaluation_and_pictures(pair):
     run, expected = pair
     rows = runs.read_rows(run.folder / "metrics.csv")
     samples = run.config.prompts_per_round * run.config.samples_per_prompt
@@ -87,11 +85,7 @@ def test_metrics_and_evaluation(pair):
             error = np.std(values, ddof=1) / len(values) ** 0.5
             found = verdict[name][side], verdict[name][side + "_se"]
             assert found == pytest.approx((np.mean(values), error), rel=2e-3, abs=2e-3), side
-
-
-def test_pictures_and_film(pair):
-    run, expected = pair
     strips = [run.before["images"], run.after["images"], *(images for _, images in run.film)]
-    wanted = [expected["before"]["images"], expected["after"]["images"], *expected["film"]]
+    wanted = [before["images"], after["images"], *expected["film"]]
     for images, twins in zip(strips, wanted, strict=True):
         assert oracles.difference(images, twins) < 0.1

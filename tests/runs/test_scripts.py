@@ -1,6 +1,5 @@
 """The scripts as users start them, what they leave behind, and what bad input gets."""
 import filecmp
-import json
 import os
 import subprocess
 import sys
@@ -50,13 +49,16 @@ def test_scripts_run_from_anywhere_into_a_log_without_greek(script, words, said,
     (ddpo, ["--learning-rate", "1e-3"], "model/unet/diffusion_pytorch_model.safetensors"),
     (dpok, ["--learning-rate", "1e-2"], models.ADAPTER)])
 def test_a_run_is_the_same_again_bit_for_bit_and_another_goes_on_from_it(script, words, weights,
-                                                                         tmp_path):
+                                                                         tmp_path, capsys):
     def start(*more):
         return script.main([*TINY, "--reward", "compressibility", "--out", str(tmp_path), *words,
-                            *more])
+                            "--prompts", "location", "--eta", "0.5", *more])
 
     torch.manual_seed(1)
     first = start()
+    said = capsys.readouterr().out
+    assert "clip ±0.2 on the exact ratio: 0.999129 to 1.00071 on the per_dim one" in said  # D = 256
+    assert first.film_prompts == training.spread_evenly(get_prompts("location"), 8)
     torch.manual_seed(2)  # nothing hangs on torch's own generator
     again, other = start(), start("--seed", "1")
     for run in (first, again, other):
@@ -77,6 +79,13 @@ def test_a_run_is_the_same_again_bit_for_bit_and_another_goes_on_from_it(script,
     assert difference(further.before["images"], first.before["images"]) > 1
     if script is dpok:  # its reference is where it started
         assert further.before["kl"].max() < 1e-6 < further.after["kl"].min()
+        scheduler = models.load_pipeline("tiny_sd", "cpu").scheduler
+        scheduler.set_timesteps(3)
+        t, weight, kl = zip(*first.after["steps"])
+        wanted = mdp.noise_weight(scheduler, scheduler.timesteps, 0.5) ** 2 / 2
+        assert list(t) == scheduler.timesteps.tolist()
+        assert weight == pytest.approx(wanted.tolist(), rel=1e-3)
+        assert sum(kl) == pytest.approx(first.after["kl"].mean().item(), rel=1e-3)
 
 
 def test_every_flag_of_chapter_1_changes_what_is_drawn(tmp_path, monkeypatch, capsys):
@@ -111,12 +120,8 @@ def full_model(tmp_path_factory):
 def test_sd_runs_end_to_end_on_a_stand_in(script, words, folder, batch, full_model, tmp_path,
                                           monkeypatch):
     forward, sizes = UNet2DConditionModel.forward, []
-
-    def watched(self, sample, *arguments, **named):
-        sizes.append(len(sample))
-        return forward(self, sample, *arguments, **named)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *more, **named: (
+        sizes.append(len(x)) or forward(self, x, *more, **named)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run = script.main(["--sd", "--model", str(full_model), "--num-steps", "2", "--device", "cpu",
@@ -143,7 +148,10 @@ def test_sd_runs_end_to_end_on_a_stand_in(script, words, folder, batch, full_mod
     (dpok, "--gold beauty", "--gold beauty"), (dpok, "--name taken", "--name taken"),
     (dpok, "--samples-per-prompt 1", "--samples-per-prompt"),
     (dpok, "--updates-per-round 7", "--updates-per-round"),
-    (dpok, "--lora-targets nonsense", "--lora-targets")])
+    (dpok, "--lora-targets nonsense", "--lora-targets"),
+    (ddpo, "--reward aesthetic --clip nowhere", "--clip nowhere"),
+    (dpok, "--reward aesthetic --clip nowhere", "--clip nowhere"),
+    (dpok, "--gold aesthetic --clip nowhere", "--clip nowhere")])
 def test_bad_input_gets_one_message_and_does_no_harm(script, words, named, tmp_path, monkeypatch,
                                                      capsys):
     monkeypatch.chdir(tmp_path)
@@ -152,18 +160,15 @@ def test_bad_input_gets_one_message_and_does_no_harm(script, words, named, tmp_p
                              "def breaks(images, prompts):\n    return 1 // 0\n")
     Path("runs/taken").mkdir(parents=True)
     Path("runs/taken/config.json").write_text("precious")
-
-    def files():
-        return {file: file.read_bytes() for file in Path().rglob("*.*") if file.suffix != ".pyc"}
-
-    before = files()
     tiny = TINY if script in (ddpo, dpok) else []
     with pytest.raises(SystemExit) as exit:
         flags.run(lambda: script.main([*tiny, *words.split()]))
     message = capsys.readouterr().err
     assert exit.value.code == 2 and named in message and "Traceback" not in message
     if "1e30" not in words:  # that one is found out in its second round
-        assert files() == before and names_in("runs") <= {"taken", "01_mdp", "02_rewards"}
+        assert names_in(".") <= {"my.py", "__pycache__", "runs"}
+        files = [file for file in Path("runs").rglob("*") if file.is_file()]
+        assert [file.read_text() for file in files] == ["precious"]
 
 
 def test_reward_rises_by_more_than_its_spread(tmp_path):
@@ -173,44 +178,3 @@ def test_reward_rises_by_more_than_its_spread(tmp_path):
         "--device", "cpu", "--out", str(tmp_path), "--learning-rate", "3e-4"])
     before, after = run.before["reward"], run.after["reward"]
     assert after.mean() - before.mean() > before.std()
-
-
-@pytest.mark.parametrize("script", [ddpo, dpok])
-def test_what_a_run_says_of_its_clip_its_film_and_its_steps(script, tmp_path, capsys):
-    """KL of each step: after training, of all pictures, and beside it what a unit of ε costs."""
-    run = script.main([*TINY, "--reward", "compressibility", "--prompts", "location", "--eta",
-                       "0.5", "--learning-rate", "1e-2", "--out", str(tmp_path)])
-    text = capsys.readouterr().out
-    assert "clip ±0.2 on the exact ratio: 0.999129 to 1.00071 on the per_dim one" in text  # D = 256
-    assert run.film_prompts == training.spread_evenly(get_prompts("location"), 8)
-    if script is dpok:
-        verdict = json.loads((run.folder / "evaluation.json").read_text())
-        assert [verdict[name]["title"] for name in ("reward", "gold", "kl")] == [
-            "compressibility", "gold: alignment", "path KL, nats"]
-        t, weight, kl = zip(*[map(float, line.split()) for line in text.splitlines()[-3:]])
-        scheduler = models.load_pipeline("tiny_sd", "cpu").scheduler
-        scheduler.set_timesteps(3)
-        assert list(t) == scheduler.timesteps.tolist()
-        wanted = mdp.noise_weight(scheduler, scheduler.timesteps, 0.5) ** 2 / 2
-        assert weight == pytest.approx(wanted.tolist(), abs=0.006)
-        assert sum(kl) == pytest.approx(run.after["kl"].mean().item(), abs=0.02) and sum(kl) > 0.1
-
-
-@pytest.mark.parametrize("script", [ddpo, dpok])
-@pytest.mark.parametrize("call, folder", [(1, "."), (2, "a"), (4, ".")])
-def test_a_bad_picture_lies_in_its_run_or_if_of_an_evaluation_in_out(script, call, folder, tmp_path,
-                                                                     monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("my.py").write_text(
-        "calls = []\ndef f(images, prompts):\n    calls.append(1)\n"
-        f"    return [float('nan') if len(calls) == {call} else 1] * len(images)\n")
-    with pytest.raises(ValueError, match="bad_reward.png"):
-        script.main([*TINY, "--reward", "my.py:f", "--name", "a", "--out", "new"])
-    assert Path("new", folder, "bad_reward.png").is_file()
-
-
-@pytest.mark.parametrize("script, flag", [(ddpo, "--reward"), (dpok, "--reward"), (dpok, "--gold")])
-def test_flags_of_weights_reach_each_reward(script, flag, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="--clip nowhere"):
-        script.main([*TINY, flag, "aesthetic", "--clip", "nowhere", "--out", str(tmp_path)])

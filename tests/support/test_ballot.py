@@ -86,13 +86,18 @@ def test_page_does_not_give_the_models_away():
         ballot.make_ballot([{**pairs[0], "b": pairs[0]["b"].resize((4, 4))}], 0)
 
 
-def test_sides_are_balanced_and_shuffled():
+def test_sides_are_balanced_and_shuffled_and_cannot_be_foretold(tmp_path):
     keys = [ballot.make_ballot(make_pairs(3), seed, NAMES)[1] for seed in range(400)]
     sides = np.array([[pair["left"] == "tuned" for pair in key["pairs"]] for key in keys])
     assert set(sides.sum(1)) == {1, 2}
     # Each place is fair by itself: of 400 seeds, 200 ± 10 have a on the left.
     assert np.all(abs(sides.sum(0) - 200) < 50)
     assert len({tuple(pair["prompt"] for pair in key["pairs"]) for key in keys}) == 6
+    written = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        ballot.write(folder, ["p"] * 40, dict.fromkeys(NAMES, [Image.new("RGB", (8, 8))] * 40))
+        written.append((folder / "ballot_key.json").read_text(encoding="utf-8"))
+    assert written[0] != written[1]
 
 
 @pytest.mark.equation("preference rate", "support.ballot.read_votes")
@@ -300,12 +305,3 @@ def test_votes_outlive_the_loss_of_one_store(browser, lost, kept):
     browser.driver.execute_cdp_cmd(BEFORE_LOAD, {"source": script})
     browser.driver.refresh()
     assert browser.js("state.rater") == "Bo" and browser.answers() == "left"
-
-
-def test_sides_of_a_ballot_that_is_written_cannot_be_foretold(tmp_path):
-    pictures = dict.fromkeys(NAMES, [Image.new("RGB", (8, 8))] * 40)
-    keys = set()
-    for name in "ab":
-        ballot.write(tmp_path / name, ["p"] * 40, pictures)
-        keys.add((tmp_path / name / "ballot_key.json").read_text(encoding="utf-8"))
-    assert len(keys) == 2

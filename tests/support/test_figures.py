@@ -42,7 +42,6 @@ def test_beliefs_are_a_row_a_prompt_and_ten_columns_from_first_to_last(axes):
     top, bottom = axes["b"][:11], axes["b"][11:]
     shown = [gray(ax) for ax in top[:-1]]
     assert shown == [0, 5, 11, 16, 22, 27, 33, 38, 44, 49]
-    assert [ax.get_title() for ax in top[:-1]] == [*map(str, shown)]
     assert [gray(ax) for ax in bottom[:-1]] == [k + 100 for k in shown]
     assert (gray(top[-1]), gray(bottom[-1])) == (10, 11)
 
@@ -62,7 +61,6 @@ def test_before_and_after_are_the_same_seeds_from_bad_to_good(axes):
     assert [gray(ax) for ax in top] == [11, 10, 9, 7, 6, 5, 4, 2, 1, 0]
     assert [gray(ax) + gray(below) for ax, below in zip(top, bottom)] == [11] * 10
     assert top[0].get_title() == "p11\n0.00 → 11.00" and top[-1].get_title() == "p0\n2.75 → 0.00"
-    assert (top[0].get_ylabel(), bottom[0].get_ylabel()) == ("before", "after")
 
 
 def test_curves_show_rounds_and_both_ends(axes):
@@ -91,7 +89,6 @@ def test_bounds_and_the_line_where_they_are_equal(axes):
     figures.bounds("b", {5: [(0.1, 0.2), (1.0, 3.0)], 10: [(0.1, 0.15), (1.0, 2.0)]})
     (ax,) = axes["b"]
     assert points(ax) == [[(0.1, 0.2), (1, 3)], [(0.1, 0.15), (1, 2)], [(0.1, 0.1), (1, 1)]]
-    assert ax.get_legend_handles_labels()[1] == ["T = 5", "T = 10", "equal"]
 
 
 def test_overoptimization_marks_the_stop(axes):
@@ -99,7 +96,6 @@ def test_overoptimization_marks_the_stop(axes):
     figures.overoptimization("o", {"β = 0": (rows, 1)}, dict(reward="r", gold="g"), "title")
     for ax, key in zip(axes["o"], ("reward", "gold")):
         assert points(ax) == [[(k, rows[k][key]) for k in range(3)], [(1, rows[1][key])]]
-        assert ax.get_legend_handles_labels()[1] == ["β = 0"] and ax.get_title().startswith(key)
 
 
 def test_scores_have_a_panel_a_measure_with_its_own_numbers(axes):
@@ -123,9 +119,6 @@ def test_generalization_is_gold_by_family_and_split_a_picture_of_two_seeds_count
                          "gold": gold[family, split] + 0.2 * (i > 2) + seed})
     figures.draw_generalization("g", {"A": rows, "B": rows[:6], "best of 3": rows[:2]}, CONFIG, "")
     (ax,) = axes["g"]
-    assert ax.get_legend_handles_labels()[1] == ["A", "B"]
-    groups = [text.get_text() for text in ax.get_xticklabels()]
-    assert groups == ["x\nseen", "y\nseen", "x\nunseen"]
     heights = [bar.get_height() for bar in ax.patches]
     assert heights == pytest.approx([6.1, 7.1, 9.1, 1.1, 2.1, 4.1])
     assert [high - low for _, low, high in spans(ax)] == pytest.approx([0.2] * 6)  # ± s.d./√2
@@ -140,7 +133,6 @@ def test_queries_are_means_of_seeds_over_the_latest_three_rounds(axes):
     (ax,) = axes["q"]
     assert points(ax) == [[(8, 6), (16, 7.5), (24, 9), (32, 12)],
                           [(8, 3), (16, 4.5), (24, 6), (32, 9)]]
-    assert ax.get_legend_handles_labels()[1] == ["A", "B"]
     assert len(ax.collections) == 1  # one seed has no spread
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     deviation = 3 * 2**0.5
@@ -162,15 +154,10 @@ def test_same_seeds_show_two_seen_pictures_of_each_family_a_row_a_model(monkeypa
 def test_page_puts_each_caption_under_its_figure(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.png").write_text(name)
-    figures.page(tmp_path / "i.html", ["| a | b |", "| --- | --- |", "| 1 | 2 |"], ["said"],
+    figures.page(tmp_path / "i.html", ["| a | b |", "| --- | --- |", "| 1 | x&y |"], ["c<d"],
                  dict(one="First.", two="Second.", missing="Third."), "<p>note</p>")
     text = (tmp_path / "i.html").read_text(encoding="utf-8")
     found = re.findall(r"base64,([^']*)'><figcaption>([^<]*)<", text)
     assert found == [("b25l", "First."), ("dHdv", "Second.")]
-    assert "<td>1</td><td>2</td>" in text and "<li>said</li>" in text and "<p>note</p>" in text
-
-
-def test_page_shows_names_as_they_are_written(tmp_path):
-    figures.page(tmp_path / "i.html", ["| a<b |", "| --- |", "| x&y |"], ["c<d"], {}, "")
-    text = (tmp_path / "i.html").read_text(encoding="utf-8")
-    assert "<td>a&lt;b</td>" in text and "<td>x&amp;y</td>" in text and "<li>c&lt;d</li>" in text
+    for part in ("<td>1</td><td>x&amp;y</td>", "<li>c&lt;d</li>", "<p>note</p>"):
+        assert part in text

@@ -62,7 +62,7 @@ def test_columns_are_those_of_the_right_picture_and_prompt():
     assert chapter.loaded == [*zip(SPECS, ("--reward", "--gold", "--others", "--others"))]
 
 
-def test_embeddings_are_clips_of_each_picture_in_batches_or_not():
+def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkeypatch):
     found = Measures(CONFIG, make_chapter(), None)
     images = [Image.new("RGB", (64, 64), (40 * i, 200 - 30 * i, 90)) for i in range(5)]
     with torch.no_grad():
@@ -71,9 +71,6 @@ def test_embeddings_are_clips_of_each_picture_in_batches_or_not():
         pixels = measures.nets.clip_pixels(images[3:4], size, "cpu")
         alone = found.clip.visual_projection(found.clip.vision_model(pixels).pooler_output)
     assert torch.allclose(whole, parts, atol=1e-5) and torch.allclose(whole[3:4], alone, atol=1e-5)
-
-
-def test_the_clip_of_diversity_is_that_of_the_flag(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="--clip nowhere"):
         Measures(SimpleNamespace(**vars(CONFIG) | {"clip": "nowhere"}), make_chapter(), None)

@@ -140,19 +140,17 @@ def test_losses_of_the_twins_by_hand():
 
 
 def test_twins_know_what_they_were_trained_on_and_not_all():
+    def images_of(half):
+        return [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in half]
+
+    prompts, pairs = make_rewards.generated_pairs(5, "cpu", 3)
+    liked, other = (make_rewards.judge_scores(images_of(half), prompts) for half in pairs.unbind(1))
+    assert len(prompts) == 5 and (liked > other).all()
     prompts, pairs = make_rewards.drawn_pairs(100, seed=9)
-    images = [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in pairs.flatten(0, 1)]
-    better, worse = images[::2], images[1::2]
+    better, worse = images_of(pairs[:, 0]), images_of(pairs[:, 1])
     proxy = rewards.get_reward("image_reward", device="cpu")
     liked = rewards.score(proxy, better, prompts) > rewards.score(proxy, worse, prompts)
     assert 0.65 < liked.double().mean() < 0.97
     ratings = rewards.score(rewards.get_reward("aesthetic", device="cpu"), better, prompts)
     truth = make_rewards.beauty(pairs[:, 0] / 255).double()
     assert torch.corrcoef(torch.stack([ratings, truth]))[0, 1] > 0.7
-
-
-def test_of_a_generated_pair_the_first_is_what_the_judge_likes_better():
-    prompts, pairs = make_rewards.generated_pairs(5, "cpu", 3)
-    images = [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in pairs.flatten(0, 1)]
-    better, worse = (make_rewards.judge_scores(images[side::2], prompts) for side in (0, 1))
-    assert len(prompts) == 5 and (better > worse).all()
