@@ -81,11 +81,13 @@ def measure_quick_tour(out):
     folder = out / "quick"
     if not (folder / "table.csv").is_file():
         commands.start(["05_eval.py", "--quick", "--out", str(folder)])
-    rows = []
-    for row in tables.read_csv(folder / "table.csv"):
-        for column in ("mean", "standard_error"):
-            row[column] = round(float(row[column]), 4)
-        rows.append(row)
+    models = {}
+    for cell in tables.read_csv(folder / "table.csv"):
+        if cell["column"] in ("reward", "gold", "gold unseen", "path_kl", "diversity"):
+            row = models.setdefault(cell["model"], {"model": cell["model"]})
+            row[cell["column"]] = round(float(cell["mean"]), 4)
+            row[cell["column"] + " error"] = round(float(cell["standard_error"]), 4)
+    rows = list(models.values())
     write(HERE / "eval_quick.csv", TITLES["eval_quick"], "python 05_eval.py --quick", (0,), rows)
 
 

@@ -6,7 +6,7 @@ A small β lets the policy go wherever the proxy is high, a large one keeps it a
 model. Between them the same reward queries buy different pairs of proxy and KL; and gold, which is
 never trained on, says where the proxy stops being worth its nats.
 
-RUN `python experiments/sweep.py`: six minutes on two CPU cores. It prints and starts one command for
+RUN `python experiments/sweep.py`: 6 minutes on two CPU cores. It prints and starts one command for
 each β (you can type the same), leaves out those whose run is finished, and refuses a finished run
 that was made with other settings. Flags behind a lone -- are passed on to chapter 4:
 
