@@ -93,7 +93,8 @@ def test_sft_learns_from_pretrained_pictures_and_forgets_none(weights, tmp_path,
 
 
 def test_without_flags_of_its_own_penalties_is_chapter_4(tmp_path, instant_rewards):
-    words = [*TINY, "--beta", "0.3", "--updates-per-round", "3", "--out", str(tmp_path)]
+    words = [*TINY, "--beta", "0.3", "--updates-per-round", "3", "--batch-size", "4", "--out",
+             str(tmp_path)]
     chapter, run = dpok.main(words), penalties.main(words)
     for a, b in zip(chapter.rows, run.rows, strict=True):
         assert b.pop("beta") == 0.3

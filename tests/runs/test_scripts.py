@@ -86,6 +86,14 @@ def test_a_run_is_the_same_again_bit_for_bit_and_another_goes_on_from_it(script,
         assert list(t) == scheduler.timesteps.tolist()
         assert weight == pytest.approx(wanted.tolist(), rel=1e-3)
         assert sum(kl) == pytest.approx(first.after["kl"].mean().item(), rel=1e-3)
+        assert f"{kl[-1]:10.2f}" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script, flag", [(ddpo, "--reward"), (dpok, "--reward"), (dpok, "--gold")])
+def test_flags_of_weights_reach_what_is_measured(script, flag, tmp_path):
+    empty = str(tmp_path)  # a folder without a CLIP in it
+    with pytest.raises(ValueError, match=f"--clip {empty}"):
+        script.main([*TINY, flag, "aesthetic", "--clip", empty, "--out", empty])
 
 
 def test_every_flag_of_chapter_1_changes_what_is_drawn(tmp_path, monkeypatch, capsys):
@@ -96,6 +104,8 @@ def test_every_flag_of_chapter_1_changes_what_is_drawn(tmp_path, monkeypatch, ca
         mdp.main(["--num-steps", "2", *flag.split()])
         outputs.add(capsys.readouterr().out)
     assert len(outputs) == 6  # a batch size changes nothing
+    # Another batch is another rounding, at least somewhere.
+    assert any("moves by 0.0e+00" not in output for output in outputs)
 
 
 @pytest.fixture(scope="module")

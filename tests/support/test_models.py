@@ -159,3 +159,12 @@ def test_a_folder_here_comes_before_one_beside_the_scripts(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     found = models.find_folder("tiny_sd", "model_index.json")
     assert found.resolve() == (tmp_path / "tiny_sd").resolve()
+
+
+def test_the_value_network_tells_times_states_and_prompts_apart():
+    torch.manual_seed(0)
+    net = models.ValueNet(4, 6)
+    x, c, t = torch.randn(2, 4, 8, 8), torch.randn(2, 6), torch.tensor([1, 901])
+    values = [net(x[:1], c[:1], t[:1]), net(x[1:], c[:1], t[:1]), net(x[:1], c[1:], t[:1]),
+              net(x[:1], c[:1], t[1:])]
+    assert len({round(value.item(), 5) for value in values}) == 4

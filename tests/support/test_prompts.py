@@ -31,6 +31,8 @@ def test_one_prompt_as_it_is_written():
     assert prompts.get_prompts("cat ") == ["cat"]
     assert prompts.get_prompts("a" + " a" * 5000) == ["a" + " a" * 5000]  # longer than any path
     assert prompts.families("four stars") == {"four stars": (["four stars"], [])}
+    seen, unseen = prompts.families("count")["count"]
+    assert seen == prompts.get_prompts("count") and not set(seen) & set(unseen) and unseen
 
 
 def test_the_lines_of_a_file_and_files_that_are_refused(tmp_path):
