@@ -337,7 +337,7 @@ def check_accumulate(accumulate, pipe, by_hand, seen):
 
 @pytest.mark.equation("DDPO_IS", "03_ddpo.accumulate")
 @pytest.mark.parametrize("case", CASES | ESTIMATORS)
-def test_accumulate_adds_the_gradient_of_minus_j(case):
+def test_accumulate_adds_minus_the_gradient_and_reports_clip_and_kl(case):
     config = replace(CONFIG, **(CASES | ESTIMATORS)[case])
     trajectory, A, pipe = example(config.eta, config.guidance_scale)
     pictures = torch.tensor([7, 2, 3, 0, 8])

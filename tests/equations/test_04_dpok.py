@@ -59,7 +59,7 @@ def test_step_means_and_path_kl_are_of_the_present_policy_at_every_state(eta, sc
 
 @pytest.mark.equation("DPOK", "04_dpok.accumulate")
 @pytest.mark.parametrize("case", chain.CASES)
-def test_accumulate_adds_the_gradient_of_minus_j(case):
+def test_accumulate_adds_minus_the_gradient_and_reports_clip_and_kl(case):
     config = replace(CONFIG, alpha=2.0, beta=0.3, **chain.CASES[case])
     trajectory, pre, A, pipe = example(config.eta, config.guidance_scale)
     pictures = torch.tensor([7, 2, 3, 0, 8])

@@ -53,7 +53,7 @@ def trained_weights(run):
             pipe.unet.state_dict().items() if "lora_" in name or not run.config.lora_rank}
 
 
-def test_weights(pair):
+def test_trained_weights_are_those_of_a_plain_slow_training(pair):
     run, expected = pair
     weights = trained_weights(run)
     assert weights.keys() == expected["weights"].keys()
@@ -68,7 +68,7 @@ def test_weights(pair):
     assert np.quantile(errors, 0.99) < 2e-2 * changes.mean()
 
 
-def test_metrics_evaluation_and_pictures(pair):
+def test_log_evaluation_and_pictures_are_those_of_a_plain_slow_training(pair):
     run, expected = pair
     rows = runs.read_rows(run.folder / "metrics.csv")
     samples = run.config.prompts_per_round * run.config.samples_per_prompt
