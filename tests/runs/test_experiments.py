@@ -46,7 +46,7 @@ def keep_calls(monkeypatch, module, name):
 
 
 @pytest.mark.parametrize("weights", ["rwr", "sparse"])
-def test_sft_is_its_plain_training_on_pretrained_pictures_and_forgets_none(weights, tmp_path, instant_rewards):
+def test_sft_is_its_plain_training_and_forgets_no_picture(weights, tmp_path, instant_rewards):
     config = sft.Config(
         weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, prompts="tasks",
         prompts_per_round=2, samples_per_prompt=3, num_steps=3, eval_samples=2, seed=5,
