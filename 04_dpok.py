@@ -21,7 +21,8 @@ yellow circle. EXPECT alignment, never trained on, to reach 0.87 in one minute o
 TRY `--beta 0` (what does the same cost in nats?), `--prompts tasks --prompts-per-round 5`.
 DEPARTURES. Like the paper, the KL's gradient drops how θ changes which states are visited. The
 published code's "KL" is an unweighted mean square, it clips without min, and draws its updates from
-a buffer. V lags, so the others' mean of r − V is taken off too. Other adapters and rates than 03's.
+a buffer. V lags, so the others' mean of r − V is taken off too. Step weights are on the reward's
+term only. Adapters and learning rate are other than 03's and than published.
 EXERCISES. (1) At which step are most nats paid, and why there? (2) Write + β·kl in dpok_objective:
 which tests fail? (3) Run experiments/variance.py on one prompt and on five: where does V help?
 """
