@@ -166,7 +166,7 @@ def commands_of(config):
 
 
 def plan(config):
-    """What a model draws, one dict a picture: family, split (seen ones first), prompt."""
+    """What a model draws, one dict per picture: family, split (seen ones first), prompt."""
     rows = []
     for split in ("seen", "unseen"):
         for family, (seen, unseen) in families(config.prompts).items():
@@ -183,7 +183,7 @@ def draw(pipe, requests, config, k=0):
 
 
 def evaluate(pipe, reference, requests, measures, config):
-    """All measures of one model's pictures, a dict a picture, and the pictures."""
+    """All measures of one model's pictures, a dict per picture, and the pictures."""
     trajectory = draw(pipe, requests, config)
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, config)
