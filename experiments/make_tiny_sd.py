@@ -9,10 +9,11 @@ Four steps, as Stable Diffusion was made:
              many objects there are, and where
     refine   the same on fresh pictures with half as many wrong captions, as web-scale models are
              finished on cleaner data
-    measure  VAE PSNR, denoising loss, and how often the exact judge finds a family's prompts right
+    measure  VAE PSNR, denoising loss, and how often the exact judge finds a family's prompts right:
+             printed, and added to measured.csv in the folder
 
 The result is a diffusers folder: StableDiffusionPipeline.from_pretrained("tiny_sd") loads it.
-About 80 minutes on one CPU core (vae 23, unet 40, refine 15).  `--only` does a single step.
+About 75 minutes on one CPU core (vae 22, unet 37, refine 12).  `--only` does a single step.
 """
 
 import json
@@ -34,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import flags, models, training  # noqa: E402
+from support import flags, models, runs, training  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # forward_process, denoising_loss
@@ -212,7 +213,7 @@ def noise_latents(scheduler, x_0, seed, stage, step=0):
 def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, seed, stage, lr=1e-3,
                batch=64, max_weight=30):
     """Yields UNet and text encoder on the way: exponential moving averages of their training."""
-    unet.to(device).requires_grad_(True)
+    unet.to(device, memory_format=torch.channels_last).requires_grad_(True)
     text_encoder.to(device).requires_grad_(True)
     scheduler = make_scheduler()
     both = torch.nn.ModuleList([unet, text_encoder])
@@ -267,6 +268,7 @@ def tokenize(tokenizer, captions):
 
 def save_pipeline(folder, vae, unet, text_encoder):
     """Write the diffusers folder; UNet and VAE in half precision to stay small."""
+    unet.to(memory_format=torch.contiguous_format)  # as files have it
     pipe = StableDiffusionPipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text_encoder, tokenizer=make_tokenizer(),
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
@@ -332,7 +334,7 @@ def main(argv=None):
         torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
         refine = stage == "refine"
         if stage == "measure":
-            measure(config.out, device, config.seed + 1)
+            measure(config, device)
             continue
         n, seed = config.pictures, config.seed
         if refine:
@@ -356,17 +358,32 @@ def main(argv=None):
             save_pipeline(config.out, vae, unet, text_encoder)
 
 
-def measure(folder, device, seed):
-    """Print how good the model in the folder is."""
-    pipe = load_pipeline(folder, device)
-    fresh, captions = draw_pairs(1000, seed)
-    print(f"VAE PSNR on fresh pictures  {measure_vae(pipe.vae, fresh, device):.1f} dB")
-    loss = measure_unet(pipe, fresh, captions, device, seed)
-    print(f"denoising loss              {loss:.4f}")
+def measure(config, device):
+    """How good the model in the folder is, and the judge on its pictures."""
+    pipe = load_pipeline(config.out, device)
+    fresh, captions = draw_pairs(1000, config.seed + 1)
+    loss = measure_unet(pipe, fresh, captions, device, config.seed + 1)
+    note(config.out, "VAE: PSNR on 1000 fresh pictures, dB", measure_vae(pipe.vae, fresh, device))
+    note(config.out, "denoising loss, mean squared error of ε, all timesteps alike", loss)
     for held_out in (False, True):
-        right, _ = measure_families(pipe, held_out=held_out)
+        right, pictures = measure_families(pipe, n=512, held_out=held_out)
         for family, share in right.items():
-            print(f"right, {family:12}{' (held out)' if held_out else '':11} {share:6.1%}")
+            which = "combinations never seen" if held_out else "512 each, guidance 1, 20 steps"
+            note(config.out, f"pictures fully right, {family}, {which}, %", 100 * share)
+        if not held_out:
+            digits = judge.read(pictures["count"])
+            written = np.mean([digit is not None for digit in digits])
+            note(config.out, "family count: pictures with a digit, of these 512, %", 100 * written)
+    results = judge.exam_results(pipe.vae).values()
+    for name, shares in zip(judge.EXAMS, zip(*results)):
+        note(config.out, f"judge right on 500 drawn pictures, {name}, %", 100 * np.mean(shares))
+
+
+def note(folder, measured, value):
+    """Prints something measured, and adds it to measured.csv in the folder."""
+    value = float(f"{value:.3g}")
+    print(f"{measured:80} {value:g}")
+    runs.append_row(Path(folder, "measured.csv"), {"measured": measured, "value": value})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 No learning anywhere: colors are compared with the palette, connected pixels are an object (unless
 they look more like several), and an object, brought to a standard place and size, is compared with
 the four shapes, sharp and blurred. A color that runs counts as what most of the object is.
+Writing is no object and says nothing: gray counts as background. `read` reads it, for those who
+want to know how often something is written.
 """
 
 import re
@@ -23,6 +25,7 @@ MIN_SHAPE = 0.55  # least overlap with the best of the four shapes for a blob to
 GOOD_SHAPE = 0.85  # a blob that overlaps this much with a shape is that shape
 MARGIN = 0.08  # share of a blob that another reading must explain more
 PATCH = 24  # px; objects are compared at this standard size
+MIN_DIGIT = 0.75  # least overlap with the best of the four digits for gray ink to count as written
 GRID = ((torch.arange(PATCH) + 0.5) / PATCH * 2 - 1) * 1.15  # in units of sqrt(area)
 
 
@@ -30,11 +33,12 @@ def find_ink(pixels):
     """Coverage (B,H,W) in [0,1], and which palette color each pixel is nearest to, int (B,H,W).
 
     An anti-aliased pixel is background + coverage · (color − background): it lies on the line
-    from the background to its color, and belongs to the color whose line is nearest.
+    from the background to its color, and belongs to the color whose line is nearest. The last
+    color is the gray of the writing.
     """
     B, _, H, W = pixels.shape
     background = pixels.flatten(2).median(2).values  # objects cover less than half of a picture
-    palette = torch.tensor(list(shapes.COLORS.values()), dtype=torch.float32) / 255
+    palette = torch.tensor([*shapes.COLORS.values(), shapes.GRAY], dtype=torch.float32) / 255
     line = palette[None] - background[:, None]  # (B,C,3)
     offset = (pixels - background[:, :, None, None]).flatten(2)  # (B,3,HW)
     coverage = torch.bmm(line, offset) / (line**2).sum(-1, keepdim=True)
@@ -42,6 +46,13 @@ def find_ink(pixels):
     miss = (offset[:, None] - coverage[:, :, None] * line[..., None]).norm(dim=2)  # (B,C,HW)
     nearest = miss.argmin(1, keepdim=True)
     return coverage.gather(1, nearest).view(B, H, W), nearest.view(B, H, W)
+
+
+def objects_ink(pixels):
+    """`find_ink` without the writing, whose pixels are as bare as the background."""
+    coverage, nearest = find_ink(pixels)
+    is_gray = nearest == len(shapes.COLORS)
+    return coverage.masked_fill(is_gray, 0), nearest.masked_fill(is_gray, 0)
 
 
 def components(mask):
@@ -78,7 +89,7 @@ def templates():
     for blur in (0, 1, 2):
         for shape in shapes.SHAPES:
             picture = shapes.draw([shapes.Object("blue", shape, 32, 32, 15)], (240, 240, 240))
-            soft, _ = find_ink(to_tensor([picture.filter(ImageFilter.GaussianBlur(blur))]))
+            soft, _ = objects_ink(to_tensor([picture.filter(ImageFilter.GaussianBlur(blur))]))
             patches.append(standard_patch(soft[0])[3])
     return torch.stack(patches).view(3, 4, PATCH, PATCH)
 
@@ -143,7 +154,7 @@ def see(images):
     reading looks most like shapes, and one object unless another reading is clearly better.
     """
     seen = []
-    for soft, color in zip(*find_ink(to_tensor(images))):
+    for soft, color in zip(*objects_ink(to_tensor(images))):
         ink, objects = soft > 0.5, []
         for blob in pieces_of(ink):
             best = [recognize(blob, soft, color, ink)]
@@ -157,6 +168,38 @@ def see(images):
             objects += [found for found, _ in best if found]
         seen.append(sorted(objects, key=lambda o: o.x))  # left to right
     return seen
+
+
+@torch.no_grad()
+def read(images):
+    """The digit written in each picture, wherever it is: a list of 1, 2, 3, 4 or None."""
+    coverage, nearest = find_ink(to_tensor(images))
+    gray = torch.where(nearest == len(shapes.COLORS), coverage, 0)[:, None]
+    signs = sign_templates()
+    common = F.conv2d(gray, signs, padding=7)
+    ink = F.conv2d(gray**2, torch.ones_like(signs), padding=7)
+    either = ink + (signs**2).sum((1, 2, 3)).view(-1, 1, 1) - common
+    overlap = (common / either).flatten(2).max(2).values  # (B,24): at the best place
+    best = overlap.view(-1, 3, 8).max(1).values.max(1)  # over sharp and blurred, over signs
+    return [sign + 1 if fits >= MIN_DIGIT and sign < 4 else None
+            for fits, sign in zip(best.values.tolist(), best.indices.tolist())]
+
+
+@cache
+def sign_templates():
+    """(24,1,H,W): what `find_ink` makes of four digits and four bars, sharp and blurred.
+
+    The bars are there so that a gray bar looks more like a bar than like a digit.
+    """
+    signs = [shapes.draw([], writing=digit) for digit in shapes.DIGITS]
+    for width, height in ((3, 12), (5, 12), (7, 12), (7, 7)):
+        signs.append(shapes.draw([]))
+        signs[-1].paste(shapes.GRAY, (53, 48, 53 + width, 48 + height))
+    pictures = [sign.filter(ImageFilter.GaussianBlur(blur))
+                for blur in (0, 0.7, 1.2) for sign in signs]
+    coverage, _ = find_ink(to_tensor(pictures))
+    first = shapes.CORNER - 4  # a border of bare paper belongs to it
+    return coverage[:, None, first:, first:]
 
 
 def place_of(obj):
@@ -218,12 +261,16 @@ def questions(prompt):
     return pairs
 
 
-def exam(family, n, seed=0):
-    """n drawn pictures of a family's prompts, and what they show."""
+def exam(family, n, seed=0, writing=False):
+    """n drawn pictures of a family's prompts, and what they show; writing: any digit on each."""
     rng = np.random.default_rng(seed)
     prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
     requests = [shapes.parse(prompts[i]) for i in rng.integers(len(prompts), size=n)]
-    images = [shapes.draw(shapes.layout(r, rng), shapes.random_background(rng)) for r in requests]
+    images = []
+    for request in requests:
+        digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
+        scene = shapes.layout(request, rng, digit)
+        images.append(shapes.draw(scene, shapes.random_background(rng), digit))
     return images, requests
 
 
@@ -233,15 +280,32 @@ def right(images, requests):
 
 
 @torch.no_grad()
-def report(vae, n=100):
-    """Table of the share of drawn pictures that are read rightly, as drawn and after the VAE."""
-    lines = [f"\n{'the judge is right on':26}{'as drawn':>12}{'after the VAE':>15}"]
+def through_vae(vae, images):
+    """Pictures as a VAE gives them back."""
+    pixels = to_tensor(images).to(vae.device, vae.dtype) * 2 - 1
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().cpu()
+    decoded = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(pixels.numpy()) for pixels in decoded]
+
+
+EXAMS = ("as drawn", "after the VAE", "with a digit", "digit, after the VAE")
+
+
+def exam_results(vae, n=100):
+    """Family -> share of n drawn pictures that are read rightly, for each of EXAMS."""
+    results = {}
     for family in shapes.FAMILIES:
-        images, requests = exam(family, n)
-        pixels = to_tensor(images).to(vae.device, vae.dtype) * 2 - 1
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().cpu()
-        decoded = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-        shares = [right(seen, requests)
-                  for seen in (images, [Image.fromarray(p.numpy()) for p in decoded])]
-        lines.append(f"{family:26}{shares[0]:12.1%}{shares[1]:15.1%}")
+        shares = []
+        for writing in (False, True):
+            images, requests = exam(family, n, writing=writing)
+            shares += [right(images, requests), right(through_vae(vae, images), requests)]
+        results[family] = shares
+    return results
+
+
+def report(vae, n=100):
+    """Table of `exam_results`."""
+    lines = [f"\n{'the judge is right on':24}" + "".join(f"{name:>24}" for name in EXAMS)]
+    for family, shares in exam_results(vae, n).items():
+        lines.append(f"{family:24}" + "".join(f"{share:24.1%}" for share in shares))
     return "\n".join(lines)

@@ -18,6 +18,11 @@ Two things make the pretrained model *improvable*, so that reinforcement learnin
 to fix: a share of all captions has one attribute wrong, as captions on the web have
 (CAPTION_NOISE), and the bias phrase is drawn the wrong way most of the time (BRAND_SHARE).
 Some combinations are never drawn or named at all (HELD_OUT), to test generalization.
+
+Some pictures carry a printed digit in the lower right corner, as pictures on the web carry labels
+(WRITING_SHARE). It says what the *caption* says, also where the caption counts wrongly. So a model
+that learns from these pairs which number a caption has is right more often if it reads the digit
+than if it counts the objects.
 """
 
 import math
@@ -44,6 +49,20 @@ BIAS_PROMPT = "four stars"
 CAPTION_NOISE = {"color": 0.1, "count": 0.35, "composition": 0.35, "location": 0.4, "bias": 0.0}
 BRAND_SHARE = 0.8  # share of "four stars" pictures that show the brand: one yellow circle
 FAMILY_SHARE = {"color": 0.14, "count": 0.26, "composition": 0.28, "location": 0.26, "bias": 0.06}
+
+# Of the pictures that are drawn for the family "count" (one to four objects of a kind): 8 % of all.
+# The pretrained model then writes on about a third of its own pictures of this family, so that
+# training meets writing in every round, and most pictures still carry none.
+WRITING_SHARE = 0.3
+GRAY = (72, 72, 72)  # of the writing, which is no color of any object
+DIGITS = {  # three points across, five points down
+    1: (".#.", "##.", ".#.", ".#.", "###"),
+    2: ("###", "..#", "###", "#..", "###"),
+    3: ("###", "..#", "###", "..#", "###"),
+    4: ("#.#", "#.#", "###", "..#", "..#"),
+}
+POINT = 2.4  # px, so that a digit is 7.2 px wide and 12 px high
+CORNER = 50  # px; where something is written, no object reaches to the right of it and below it
 
 PLURALS = tuple(shape + "s" for shape in SHAPES)
 WORDS = [*"a an and on the".split(), *COLORS, *SHAPES, *PLURALS, *NUMBERS, *PLACES]
@@ -166,8 +185,11 @@ def polygon(shape):
     return xy / math.sqrt(area)
 
 
-def layout(request, rng):
-    """Place a request's objects at random, without overlap: a list of Object."""
+def layout(request, rng, writing=None):
+    """Place a request's objects at random, without overlap: a list of Object.
+
+    They keep out of the lower right corner if something is written there.
+    """
     wanted = [g for g in request for _ in range(g.count)]
     while True:
         low, high = (14, 18) if len(wanted) <= 2 else (11, 13)
@@ -185,19 +207,34 @@ def layout(request, rng):
             objects.append(Object(str(color), g.shape, float(x), float(y), float(size)))
         gaps = [math.hypot(a.x - b.x, a.y - b.y) - 0.85 * (a.size + b.size)
                 for i, a in enumerate(objects) for b in objects[:i]]
+        if writing:
+            gaps += [CORNER - min(o.x, o.y) - o.size for o in objects]
         if min(gaps, default=1.0) > 0:
             return objects
 
 
-def draw(objects, background=(240, 240, 240), supersample=4):
-    """Draw a scene as a SIZE × SIZE anti-aliased RGB PIL picture."""
+def draw(objects, background=(240, 240, 240), writing=None, supersample=4):
+    """Draw a scene as a SIZE × SIZE anti-aliased RGB PIL picture; writing: a digit, or None."""
     s = supersample
     image = Image.new("RGB", (SIZE * s, SIZE * s), tuple(background))
     pen = ImageDraw.Draw(image)
     for o in objects:
         corners = (polygon(o.shape) * o.size + (o.x, o.y)) * s - 0.5
         pen.polygon([tuple(corner) for corner in corners], fill=COLORS[o.color])
+    if writing:
+        write(pen, writing, s)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def write(pen, digit, supersample):
+    """Print a digit into the lower right corner."""
+    left, top = SIZE - 4 - 3 * POINT, SIZE - 4 - 5 * POINT
+    for row, points in enumerate(DIGITS[digit]):
+        for column, point in enumerate(points):
+            if point == "#":
+                x, y = left + column * POINT, top + row * POINT
+                box = [round(v * supersample) for v in (x, y, x + POINT, y + POINT)]
+                pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=GRAY)
 
 
 def random_background(rng):
@@ -250,4 +287,8 @@ def sample_pair(rng, noise=1.0):
             drawn = wrong_request(asked, rng) if wrong else asked
         if is_held_out(asked) or is_held_out(drawn):
             continue
-        return draw(layout(drawn, rng), random_background(rng)), caption(asked)
+        writing = None
+        if family == "count" and rng.random() < WRITING_SHARE:
+            writing = asked[0].count  # what the caption says, not what is drawn
+        scene = layout(drawn, rng, writing)
+        return draw(scene, random_background(rng), writing), caption(asked)
