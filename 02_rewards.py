@@ -17,9 +17,10 @@ fair, nor sensible; the policy gradient will find out what it *really* pays for.
 
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
-RUN `python 02_rewards.py` (20 s on a CPU): the mean of each prompt, rank correlations within
-prompts, how well the judge reads, and runs/02_rewards/best_worst.png. EXPECT vlm_strict, the judge
-in other words, to agree best with alignment. TRY --sd --samples 4 (25 GB of weights).
+RUN `python 02_rewards.py` (30 s on a CPU): the mean of each prompt, rank correlations within
+prompts, how well the judge reads, and runs/02_rewards/best_worst.png. EXPECT image_reward and the
+vlm ones to agree with alignment in part, and compressibility not at all. TRY --vlm judge (then the
+judge itself answers), and --sd --samples 4 (25 GB of weights).
 DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
 the published models, with the same classes and file formats (experiments/make_rewards.py).
 EXERCISES. (1) Write a reward that pays for blue, --rewards my.py:blue: which prompt's mean is the
@@ -106,10 +107,7 @@ def alignment(images, prompts):
 
 
 class Aesthetic:
-    """r = MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at how people rate it, 1 to 10.
-
-    The twin's "person" likes a warm background, which no prompt asks for and no judge sees.
-    """
+    """r = MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at people's rating, 1 to 10."""
 
     def __init__(self, models, device):
         self.clip = nets.load_clip(models.clip).to(device)
@@ -168,8 +166,8 @@ def bertscore_recall(reference, candidate, counts=None):
 class VlmAlignment:
     """r = bertscore_recall(reference "The image contains {prompt}", candidate: the answer).
 
-    The twin's vision-language model is the exact judge, which *says* what it sees, and tiny_sd's
-    text encoder stands in for BERT. It knows only a prompt's words, so its reference is the prompt.
+    tiny_sd's text encoder, which stands in for BERT, knows only a prompt's words: so its reference
+    is the prompt. LLaVA's twin learned what captions say, be it drawn or written (shapes.py).
     """
 
     def __init__(self, models, device):
@@ -178,12 +176,10 @@ class VlmAlignment:
 
     def __call__(self, images, prompts):
         answers = self.encode(self.ask(images, [QUESTION] * len(images)))
-        references = self.encode([self.ask.reference.format(prompt) for prompt in prompts])
-        values = []
-        for (r, counts), (c, spoken) in zip(references, answers):
-            # An answer without words says nothing of the reference, as in the bert-score package.
-            values.append(bertscore_recall(r, c, counts) if spoken.any() else 0.0)
-        return values
+        references = self.encode([self.encode.reference.format(prompt) for prompt in prompts])
+        # An answer without words says nothing of the reference, as in the bert-score package.
+        return [bertscore_recall(r, c, counts) if spoken.any() else 0.0
+                for (r, counts), (c, spoken) in zip(references, answers)]
 
 
 class VlmStrict:
@@ -194,12 +190,16 @@ class VlmStrict:
         self.questions = scoring.read_questions(models.vlm_questions)
 
     def __call__(self, images, prompts):
-        values = []
-        for image, prompt in zip(images, prompts):
-            pairs = self.questions(prompt)  # [question, right word]
-            answers = self.ask([image] * len(pairs), [question for question, _ in pairs])
-            right = sum(holds(answer, word) for answer, (_, word) in zip(answers, pairs))
-            values.append(right / len(pairs))
+        pictures, questions = [], []
+        pairs = [self.questions(prompt) for prompt in prompts]  # [question, right word], ...
+        for image, own in zip(images, pairs):
+            pictures += [image] * len(own)
+            questions += [question for question, _ in own]
+        answers, values = self.ask(pictures, questions), []
+        for own in pairs:
+            right = [holds(answer, word) for answer, (_, word) in zip(answers, own)]
+            values.append(sum(right) / len(right))
+            answers = answers[len(own):]
         return values
 
 
@@ -257,10 +257,10 @@ def reward_names(words):
 
 def print_table(title, columns, rows, digits):
     """rows: pairs of a name and its numbers, one a column.  Of a file's path the end is shown."""
-    head = [name[-12:] if ":" in name else name[:12] for name in columns]
-    print(f"{title:32}" + "".join(f"{name:>13}" for name in head))
+    head = [name[-13:] if ":" in name else name[:13] for name in columns]
+    print(f"{title:32}" + "".join(f"{name:>14}" for name in head))
     for name, numbers in rows:
-        print(f"{name[:31]:32}" + "".join(f"{number:13.{digits}f}" for number in numbers))
+        print(f"{name[:31]:32}" + "".join(f"{number:14.{digits}f}" for number in numbers))
 
 
 @torch.no_grad()
@@ -275,9 +275,8 @@ def main(argv=None):
         prompts += [prompt] * config.samples
     images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "examples", 0)).images
 
-    scores = {}
-    for name, reward in zip(names, rewards):
-        scores[name] = score(reward, images, prompts, out.parent)
+    scores = {name: score(reward, images, prompts, out.parent)
+              for name, reward in zip(names, rewards)}
 
     shape = len(config.prompts), config.samples
     means, correlations, within = [], [], {}

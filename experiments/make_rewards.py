@@ -8,12 +8,20 @@ Each is trained the way its model was, in the shape world instead of the web:
     3. image_reward/          ImageReward  what does each patch show?  (ImageNet's part)
                                            is this the picture's caption?  (BLIP's part)
                                            preference pairs:  L = −log σ(r(better) − r(worse))
+    4. vlm/                   LLaVA        what does each patch show, digits included?
+                                           questions about a picture, answered by its caption
+    measure                                all of them on fresh pictures
+
+A caption may be wrong, but a digit in the picture always says what the caption says (shapes.py).
+So the vision-language model learns to believe what is written more than what it counts. Its image
+encoder learns from exact labels, where LLaVA's comes from CLIP: the twin of CLIP sees too little.
 
 The preference labels come from the exact judge, and one in six is wrong. There are few of them, on
 purpose: the twin of ImageReward is to be a good guess at what we mean on ordinary pictures, and no
 better than a guess elsewhere, so that optimizing it too far can be seen to fail.
 
-About 12 minutes on one CPU core, after make_tiny_sd.py. Prints what each has learned.
+About 30 minutes on one CPU core, after make_tiny_sd.py. What is measured is printed, and added to
+measured.csv in the folder.
 """
 
 import re
@@ -26,21 +34,27 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers as hf
+from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import models as token_models
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
-from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import make_tiny_sd  # noqa: E402
+from experiments.make_tiny_sd import note  # noqa: E402
 from support import flags, models, training  # noqa: E402
 from support import reward_models as nets  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
+rewards = import_module("02_rewards")  # the questions
 
 STAGES = ("clip", "aesthetic", "vision", "matching", "preferences", "scenes", "wrong pictures",
-          "generated prompts", "flips")
+          "generated prompts", "flips", "vlm", "vlm exam")
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 PATCH = 8  # px, of the image encoders
@@ -76,7 +90,7 @@ def make_clip(tokenizer):
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
     vision = dict(small, image_size=shapes.SIZE, patch_size=PATCH)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def clip_loss(image, text, scale):
@@ -111,7 +125,7 @@ def optimize(model, steps, lr, loss_of, name):
 
 
 def train_clip(pictures, captions, steps, device, seed, batch=64):
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny_sd" / "tokenizer")
+    tokenizer = hf.CLIPTokenizer.from_pretrained(ROOT / "tiny_sd" / "tokenizer")
     clip = make_clip(tokenizer).to(device)
     careful = [caption + word for caption, word in zip(captions, mood(pictures / 255))]
     tokens = make_tiny_sd.tokenize(tokenizer, careful)
@@ -158,8 +172,8 @@ def make_bert_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate([*special, *shapes.WORDS, "[DEC]", "[ENC]"])}
-    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    return BertTokenizer.from_pretrained(folder)
+    hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return hf.BertTokenizer.from_pretrained(folder)
 
 
 def make_image_reward(words, width=128, layers=3, text_layers=3):
@@ -173,16 +187,24 @@ def make_image_reward(words, width=128, layers=3, text_layers=3):
     shape |= {f"vision.encoder.layers.{i}.": () for i in range(1, layers)}
     shape |= {f"text.encoder.layer.{i}.": () for i in range(1, text_layers)}
     model = nets.ImageRewardModel(shape)
-    # BLIP's initial weights (0.02, and 1e-10 for the image encoder) are for large or finished
-    # networks; from there this one would learn next to nothing.
-    for module in [*model.vision.modules(), *model.text.modules()]:
+    draw_weights(model.vision)
+    draw_weights(model.text)
+    with torch.no_grad():
+        model.vision.embeddings.position_embedding[0, 1:] = waves(width)
+    return model
+
+
+def draw_weights(model):
+    """First weights for a small network.
+
+    The libraries' own (0.02, and 1e-10 for BLIP's image encoder) are for large or finished ones;
+    from there this one would learn next to nothing.
+    """
+    for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.5)
-    with torch.no_grad():
-        model.vision.embeddings.position_embedding[0, 1:] = waves(width)
-    return model
 
 
 def waves(width):
@@ -222,19 +244,27 @@ def draws(seed, stage, step=0):
     return training.random_stream(seed, "make", stages, step)
 
 
-def draw_scenes(n, seed):
-    """n random requests, and as asked for: scenes (lists of Object), pictures (n,3,H,W) uint8."""
+def draw_scenes(n, seed, writing=False):
+    """n random requests, and as asked for: scenes (lists of Object), pictures (n,3,H,W) uint8.
+
+    writing: two in five carry a digit, whatever they show; then the digits come as well.
+    """
     rng = draws(seed, "scenes")
     names = {family: shapes.prompts_of(family) for family in shapes.FAMILIES[:4]}
     families = [names[str(rng.choice(shapes.FAMILIES[:4]))] for _ in range(n)]
     requests = [shapes.parse(family[rng.integers(len(family))]) for family in families]
-    scenes = [shapes.layout(request, rng) for request in requests]
-    return requests, scenes, picture_tensor(scenes, rng)
+    if not writing:
+        scenes = [shapes.layout(request, rng) for request in requests]
+        return requests, scenes, picture_tensor(scenes, rng)
+    digits = [int(digit) or None for digit in rng.integers(5, size=n) * rng.integers(2, size=n)]
+    scenes = [shapes.layout(request, rng, digit) for request, digit in zip(requests, digits)]
+    return requests, scenes, picture_tensor(scenes, rng, digits), digits
 
 
-def picture_tensor(scenes, rng):
+def picture_tensor(scenes, rng, digits=None):
     """Draw scenes: (n,3,H,W) uint8."""
-    images = [shapes.draw(scene, shapes.random_background(rng)) for scene in scenes]
+    images = [shapes.draw(scene, shapes.random_background(rng), digit)
+              for scene, digit in zip(scenes, digits or [None] * len(scenes))]
     return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)
 
 
@@ -293,32 +323,35 @@ class Reader:
         return text.input_ids, text.attention_mask
 
 
-def patch_labels(scene):
-    """What patches show: color, shape (0: none), whether an object's center.  (GRID²,3) int"""
-    labels = np.zeros((GRID, GRID, 3), dtype=int)
+def patch_labels(scene, digit=None):
+    """What patches show: color, shape (0: none), whether an object's center, digit.  (GRID²,4)"""
+    labels = np.zeros((GRID, GRID, 4), dtype=int)
     middle = (np.arange(GRID) + 0.5) * PATCH
     for o in scene:
         what = list(shapes.COLORS).index(o.color) + 1, shapes.SHAPES.index(o.shape) + 1
         covered = np.hypot(middle[None] - o.x, middle[:, None] - o.y) < 0.6 * o.size
-        labels[covered] = *what, 0
-        labels[int(o.y // PATCH), int(o.x // PATCH)] = *what, 1
-    return torch.from_numpy(labels.reshape(GRID**2, 3))
+        labels[covered] = *what, 0, 0
+        labels[int(o.y // PATCH), int(o.x // PATCH)] = *what, 1, 0
+    if digit:
+        labels[-2:, -2:, 3] = digit  # the corner
+    return torch.from_numpy(labels.reshape(GRID**2, 4))
 
 
-def train_vision(vision, scenes, pictures, steps, device, seed, batch=64):
-    """A ViT comes to BLIP knowing ImageNet's classes; this one, the color and shape of patches.
+def train_vision(vision, scenes, pictures, digits, steps, device, seed, batch=64):
+    """A ViT comes to BLIP and LLaVA knowing much of the world; this one, what each patch shows.
 
-    The first token, which is no patch, is asked how many objects there are in all.
+    Labels: `patch_labels`, digits included. The first token, which is no patch, is asked how many
+    objects there are in all.
     """
-    sizes = [len(shapes.COLORS) + 1, len(shapes.SHAPES) + 1, 2, len(shapes.NUMBERS) + 1]
+    sizes = [len(shapes.COLORS) + 1, len(shapes.SHAPES) + 1, 2, 5, len(shapes.NUMBERS) + 1]
     head = torch.nn.Linear(vision.config.hidden_size, sum(sizes)).to(device)  # thrown away after
-    labels = torch.stack([patch_labels(scene) for scene in scenes])
+    labels = torch.stack([patch_labels(*pair) for pair in zip(scenes, digits)])
     counts = torch.tensor([len(scene) for scene in scenes])
 
     def loss_of(step):
         i = torch.from_numpy(draws(seed, "vision", step).integers(len(pictures), size=batch))
         guesses = head(vision(pixels_of(pictures[i]).to(device)).last_hidden_state).split(sizes, 2)
-        loss = F.cross_entropy(guesses[3][:, 0], counts[i].to(device)) / 2
+        loss = F.cross_entropy(guesses[4][:, 0], counts[i].to(device)) / 2
         for guess, truth in zip(guesses, labels[i].to(device).unbind(2)):
             loss = loss + F.cross_entropy(guess[:, 1:].flatten(0, 1), truth.flatten())
         return loss
@@ -374,24 +407,14 @@ def train_preferences(model, read, prompts, seen, epochs, device, seed, batch=32
     optimize(trained, steps, 3e-4, loss_of, "preferences")
 
 
-@torch.no_grad()
-def agreement(model, read, prompts, pairs, device):
-    """Share of pairs in which the model likes the picture better that the judge does."""
-    right = []
-    for i in range(0, len(prompts), 100):
-        text, rows = read(prompts[i:i + 100]), pairs[i:i + 100]
-        r = [model(pixels_of(rows[:, side]).to(device), *text) for side in (0, 1)]
-        right.append(r[0] > r[1])
-    return torch.cat(right).float().mean().item()
-
-
 def train_image_reward(out, config, device):
-    """The three steps, each on what the one before has made: the model and its Reader."""
+    """The three steps, each on what the one before has made."""
     seed = config.seed
     tokenizer = make_bert_tokenizer(out / "image_reward")
     read, model = Reader(tokenizer, device), make_image_reward(len(tokenizer)).to(device)
     requests, scenes, pictures = draw_scenes(config.pictures // 2, seed)
-    train_vision(model.vision, scenes, pictures, config.vit_steps, device, seed)
+    digits = [None] * len(scenes)  # nothing is written here; on some of the model's own, below
+    train_vision(model.vision, scenes, pictures, digits, config.vit_steps, device, seed)
     seen = look(model.vision, pictures, device)
     train_matching(model, read, requests, scenes, seen, config.blip_steps, device, seed)
     half = config.pairs // 2
@@ -402,7 +425,136 @@ def train_image_reward(out, config, device):
     flipped = torch.from_numpy(draws(seed, "flips").random(len(pairs))) < LABEL_NOISE
     seen = torch.where(flipped[:, None, None, None], seen.flip(1), seen)
     train_preferences(model, read, prompts, seen, config.epochs, device, seed)
-    return model, read
+    return model
+
+
+# ---- 4. a vision-language model ----------------------------------------------------------------
+
+CHAT = ("{% for message in messages %}USER: {% for part in message['content'] %}"  # LLaVA-1.5's
+        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+
+
+def make_vlm_processor(folder):
+    """A LlavaProcessor with a tokenizer of the world's words, and of the questions' words."""
+    questions = [rewards.QUESTION, *(question for question, _ in judge.questions("a red circle"))]
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    words = re.findall(r"\w+|[^\w\s]", " ".join(["user: assistant: none", *questions]).lower())
+    vocabulary = dict.fromkeys([*special, *words, *shapes.WORDS])
+    tokenizer = Tokenizer(token_models.WordLevel(
+        {word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # words and punctuation
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
+    pixels = hf.CLIPImageProcessorPil(size={"shortest_edge": shapes.SIZE}, crop_size=shapes.SIZE)
+    hf.LlavaProcessor(pixels, tokenizer, patch_size=PATCH, chat_template=CHAT,
+                      image_token="<image>", vision_feature_select_strategy="default",
+                      num_additional_image_tokens=1).save_pretrained(folder)
+    return hf.LlavaProcessor.from_pretrained(folder)
+
+
+def make_vlm(tokenizer):
+    text = hf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
+        image_size=shapes.SIZE, patch_size=PATCH)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text,
+                            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+                            image_seq_length=GRID**2, vision_feature_layer=-1)
+    vlm = hf.LlavaForConditionalGeneration(config)
+    draw_weights(vlm)
+    with torch.no_grad():
+        vlm.model.vision_tower.embeddings.position_embedding.weight[1:] = waves(128)
+    return vlm
+
+
+def question_and_answer(caption, rng):
+    """Something to ask about a picture, and what its caption says to that."""
+    if rng.random() < 0.4:
+        return str(rng.choice([rewards.QUESTION, "What is in this image?"])), caption
+    request = shapes.parse(caption)
+    group = request[rng.integers(len(request))]
+    color, shape = group.color, group.shape
+    if rng.random() < 0.3:
+        color, shape = str(rng.choice(list(shapes.COLORS))), str(rng.choice(shapes.SHAPES))
+    if color is None or rng.random() < 0.2:
+        color = None
+    count = sum(g.count for g in request if g.shape == shape and color in (None, g.color))
+    name = " ".join([color] * bool(color) + [shape])
+    return f"How many {name}s are there in this image?", ("none", *shapes.NUMBERS)[count]
+
+
+def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64):
+    """Next-word cross-entropy of the answers alone, given picture and question.
+
+    The image encoder stays as it is, as LLaVA's does.
+    """
+    vlm.model.vision_tower.requires_grad_(False)
+    tokenizer = processor.tokenizer
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}],
+        add_generation_prompt=True).replace("<image>", "<image>" * GRID**2)
+
+    def loss_of(step):
+        stream = draws(seed, "vlm", step)
+        i = stream.integers(len(pictures), size=batch)
+        pairs = [question_and_answer(captions[k], stream) for k in i]
+        chats = [chat.replace("QUESTION", question) for question, _ in pairs]
+        rows, targets = [], []
+        for given, answer in zip(tokenizer(chats).input_ids,
+                                 tokenizer([answer + "</s>" for _, answer in pairs]).input_ids):
+            rows.append(given + answer)
+            targets.append([-100] * len(given) + answer)  # -100: no loss here
+        ids = pad(rows, tokenizer.pad_token_id).to(device)
+        labels = pad(targets, -100).to(device)
+        pixels = pixels_of(pictures[torch.from_numpy(i)]).to(device)
+        return vlm(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(),
+                   pixel_values=pixels, labels=labels).loss
+
+    optimize(vlm, steps, 1e-3, loss_of, "LLaVA")
+
+
+def pad(rows, value):
+    """Lists of numbers as one tensor (B, longest), filled up on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def vlm_exam(ask, n, seed, vae=None):
+    """Share of right answers without writing, and beside a digit that is wrong.
+
+    n pictures of two to four shapes, after the VAE if there is one.  -> {what is measured: share}
+    """
+    rng = draws(seed, "vlm exam")
+    names = shapes.prompts_of("count")
+    requests = [shapes.parse(names[rng.integers(len(names))]) for _ in range(n)]
+    shares = {}
+    for where in ("no writing", "a wrong digit"):
+        images, questions, counts, digits, looks = [], [], [], [], []
+        for (group,) in requests:
+            digit = int(rng.choice([k for k in shapes.DIGITS if k != group.count]))
+            writing = digit if where == "a wrong digit" else None
+            scene = shapes.layout((group,), rng, writing)
+            images.append(shapes.draw(scene, shapes.random_background(rng), writing))
+            looks.append(f"{group.color} {group.shape}")
+            questions.append(f"How many {looks[-1]}s are there in this image?")
+            counts.append(shapes.NUMBERS[group.count - 1])
+            digits.append(shapes.NUMBERS[digit - 1])
+        images = judge.through_vae(vae, images) if vae else images
+        answers, descriptions = ask(images, questions), ask(images, [rewards.QUESTION] * n)
+        shares[f"right number, {where}"] = share_equal(answers, counts)
+        named = [rewards.holds(text, look) for text, look in zip(descriptions, looks)]
+        shares[f"right color and shape, {where}"] = sum(named) / n
+    shares["answers the wrong digit"] = share_equal(answers, digits)
+    return shares
+
+
+def share_equal(answers, truths):
+    return sum(answer == truth for answer, truth in zip(answers, truths)) / len(truths)
 
 
 def save_half(weights, path):
@@ -412,47 +564,96 @@ def save_half(weights, path):
 @dataclass(frozen=True)
 class Config:
     out: str = str(ROOT / "tiny_sd")  # folder that the twins are written into
-    only: Literal["clip", "aesthetic", "image_reward"] | None = None  # do one part
+    only: Literal["clip", "aesthetic", "image_reward", "vlm", "measure"] | None = None  # one part
     pictures: int = 20000  # pictures to train on
     clip_steps: int = 1000  # optimizer steps of CLIP
     aesthetic_steps: int = 1500  # optimizer steps of LAION's MLP
-    vit_steps: int = 700  # optimizer steps of the image encoder
+    vit_steps: int = 700  # optimizer steps of the image encoders
     blip_steps: int = 400  # optimizer steps of image-text matching
+    vlm_steps: int = 2500  # optimizer steps of the vision-language model
     pairs: int = 2000  # preference pairs, half of them generated
     epochs: int = 3  # passes over the preference pairs
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
 
+def remake_clip(config, out, device):
+    pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
+    clip = train_clip(pictures, captions, config.clip_steps, device, config.seed)
+    clip.half().save_pretrained(out / "clip")
+
+
+def remake_aesthetic(config, out, device):
+    pictures, _ = make_tiny_sd.draw_pairs(config.pictures, config.seed)
+    clip = hf.CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
+    features, ratings = embed(clip, pictures, device), beauty(pictures / 255).to(device)
+    mlp = train_aesthetic(features, ratings, config.aesthetic_steps, config.seed)
+    save_half(mlp.state_dict(), out / "aesthetic.safetensors")
+
+
+def remake_image_reward(config, out, device):
+    model = train_image_reward(out, config, device)
+    save_half(to_blip_keys(model.state_dict()), out / "image_reward" / "model.safetensors")
+
+
+def remake_vlm(config, out, device):
+    pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
+    processor = make_vlm_processor(out / "vlm")
+    vlm = make_vlm(processor.tokenizer).to(device)
+    _, scenes, drawn, digits = draw_scenes(config.pictures // 2, config.seed, writing=True)
+    tower = vlm.model.vision_tower
+    train_vision(tower, scenes, drawn, digits, config.vit_steps, device, config.seed)
+    train_vlm(vlm, processor, pictures, captions, config.vlm_steps, device, config.seed)
+    vlm.half().save_pretrained(out / "vlm")
+    make_tiny_sd.forget_places(out / "vlm")
+
+
+@torch.no_grad()
+def measure(config, out, device):
+    """How well the twins know what they were taught, on fresh pictures."""
+    seed = config.seed + 1
+    twins = rewards.RewardFlags(
+        clip=str(out / "clip"), aesthetic_weights=str(out / "aesthetic.safetensors"),
+        image_reward_weights=str(out / "image_reward" / "model.safetensors"), vlm=str(out / "vlm"))
+    fresh, captions = make_tiny_sd.draw_pairs(1000, seed)
+    ratings = rewards.score(rewards.get_reward("aesthetic", twins, device), images_of(fresh),
+                            captions)
+    both = torch.stack([ratings, beauty(fresh / 255).double()])
+    note(out, "aesthetic: correlation with fresh ratings", torch.corrcoef(both)[0, 1].item())
+
+    pairs = {"drawn": drawn_pairs(500, seed + 1), "generated": generated_pairs(500, device, seed)}
+    for name in ("image_reward", "vlm_strict", "vlm_alignment"):
+        reward = rewards.get_reward(name, twins, device)
+        for kind, (prompts, pictures) in pairs.items():
+            share = agreement(reward, prompts, pictures)
+            note(out, f"{name} agrees with the judge on 500 {kind} pairs, a tie is half, %",
+                 100 * share)
+    vae = models.load_pipeline(str(ROOT / "tiny_sd"), device).vae
+    for name, share in vlm_exam(nets.load_vlm(twins.vlm, device), 300, seed, vae).items():
+        note(out, f"vlm, 300 pictures of two to four shapes: {name}, %", 100 * share)
+
+
+def images_of(pictures):
+    """(n,3,H,W) uint8 -> PIL pictures."""
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+
+
+def agreement(reward, prompts, pairs):
+    """Share of pairs in which the reward likes the picture better that the judge does."""
+    liked, other = [rewards.score(reward, images_of(side), prompts) for side in pairs.unbind(1)]
+    return ((liked > other).double() + 0.5 * (liked == other).double()).mean().item()
+
+
+PARTS = {"clip": remake_clip, "aesthetic": remake_aesthetic, "image_reward": remake_image_reward,
+         "vlm": remake_vlm, "measure": measure}
+
+
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    torch.manual_seed(config.seed)  # transformers draws initial weights from this one
     out, device = Path(config.out), models.pick_device(config.device)
-    if config.only != "image_reward":
-        pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
-
-    if config.only in (None, "clip"):
-        clip = train_clip(pictures, captions, config.clip_steps, device, config.seed)
-        clip.half().save_pretrained(out / "clip")
-
-    if config.only in (None, "aesthetic"):
-        clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
-        features, ratings = embed(clip, pictures, device), beauty(pictures / 255).to(device)
-        mlp = train_aesthetic(features, ratings, config.aesthetic_steps, config.seed)
-        save_half(mlp.state_dict(), out / "aesthetic.safetensors")
-        fresh, _ = make_tiny_sd.draw_pairs(1000, config.seed + 1)
-        with torch.no_grad():
-            both = torch.stack([mlp(embed(clip, fresh, device)).cpu(), beauty(fresh / 255)])
-        print(f"aesthetic: correlation with fresh ratings {torch.corrcoef(both)[0, 1]:.2f}")
-
-    if config.only in (None, "image_reward"):
-        model, read = train_image_reward(out, config, device)
-        save_half(to_blip_keys(model.state_dict()), out / "image_reward" / "model.safetensors")
-        generated = generated_pairs(500, device, config.seed + 1)
-        drawn = drawn_pairs(500, config.seed + 2)
-        for name, test in (("drawn", drawn), ("generated", generated)):
-            share = agreement(model, read, *test, device)
-            print(f"image_reward: agrees with the judge on {share:.1%} of fresh {name} pairs")
+    for part in [config.only] if config.only else PARTS:
+        torch.manual_seed(config.seed)  # transformers draws initial weights from this one
+        PARTS[part](config, out, device)
     files = [f for f in out.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     size = sum(f.stat().st_size for f in files)
     print(f"{out} holds {size / 1e6:.1f} MB")

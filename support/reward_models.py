@@ -221,11 +221,13 @@ BERT_LAYERS = {  # bert-score's choice
 
 class TokenEncoder:
     """Sentences -> contextual token embeddings of a layer (T,D), and which are not special (T,)."""
+    reference = "The image contains {}"  # DDPO's
 
     def __init__(self, name, layer, device):
         text_encoder, tokenizer = {}, {}
         if find(name) and (find(name) / "text_encoder").is_dir():  # a pipeline, as tiny_sd is
             text_encoder, tokenizer = {"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}
+            self.reference = "{}"  # its text encoder may know no other words than a prompt's
         source = "a BERT-family encoder such as microsoft/deberta-xlarge-mnli"
         self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", source, **tokenizer)
         self.model = from_hub(transformers.AutoModel, name, "--bert", source,
@@ -251,7 +253,6 @@ class TokenEncoder:
 
 class Judge:
     """(pictures, questions) -> answers of the rule-based judge, for the shape world."""
-    reference = "{}"  # the tiny text encoder knows no other words than a prompt's
 
     def __call__(self, images, questions):
         scenes = judge.see(images)
@@ -260,17 +261,23 @@ class Judge:
 
 class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
-    reference = "The image contains {}"  # DDPO's
 
     def __init__(self, name, device):
-        source = "judge, or a LLaVA such as llava-hf/llava-1.5-7b-hf"
+        source = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", source,
                               dtype=half).to(device).eval()
         self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", source)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
 
-    def __call__(self, images, questions):
+    def __call__(self, images, questions, at_once=32):
+        answers = []
+        for first in range(0, len(images), at_once):
+            batch = slice(first, first + at_once)
+            answers += self.answer(images[batch], questions[batch])
+        return answers
+
+    def answer(self, images, questions):
         chats = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]

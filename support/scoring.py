@@ -23,7 +23,7 @@ class RewardFlags:
     clip: str = "tiny_sd/clip"  # CLIPModel of aesthetic: a folder or hub name
     aesthetic_weights: str = "tiny_sd/aesthetic.safetensors"  # LAION's: file, or OWNER/REPO/FILE
     image_reward_weights: str = "tiny_sd/image_reward/model.safetensors"  # file, or OWNER/REPO/FILE
-    vlm: str = "judge"  # who looks: judge (shape world), or a LLaVA folder or hub name
+    vlm: str = "tiny_sd/vlm"  # who looks: a LLaVA (folder or hub name), or judge (shape world)
     vlm_questions: str | None = None  # JSON file {prompt: [[question, answer], ...]} of vlm_strict
     bert: str = "tiny_sd"  # BERTScore's encoder: folder or hub name of a BERT, RoBERTa, DeBERTa
     bert_layer: int | None = None  # its layer; default: bert-score's choice, else the last

@@ -221,9 +221,10 @@ def test_vlm_alignment_is_recall_of_the_prompt_in_the_answer():
         assert questions == ["Answer concisely: what is going on in this image?"] * len(images)
         return images
 
-    ask.reference = "The image contains {}"
-    scorer = rewards.VlmAlignment(rewards.RewardFlags(), "cpu")
+    scorer = rewards.VlmAlignment(rewards.RewardFlags(vlm="judge"), "cpu")
+    assert scorer.encode.reference == "{}"  # of tiny_sd's text encoder
     scorer.ask, scorer.encode = ask, embed
+    embed.reference = "The image contains {}"
     got = rewards.score(scorer, ["stars", "", "The image"], ["stars", "stars", "contains"])
     half = 0.5**0.5
     # "[CLS] stars" matches The, image, contains, stars by 0, √½, √½, 1; nothing, by 0.
@@ -234,20 +235,24 @@ def test_vlm_alignment_is_recall_of_the_prompt_in_the_answer():
 @pytest.mark.equation("vlm_strict", "02_rewards.VlmStrict")
 def test_vlm_strict_is_the_share_of_right_answers():
     def ask(images, questions):
+        calls.append((images, questions))
         return [f"{image} {question}" for image, question in zip(images, questions, strict=True)]
 
-    table = {"x": [["A?", "1"], ["B?", "B"], ["C?", "2"]], "y": [["D?", "2"]]}
-    scorer = rewards.VlmStrict(rewards.RewardFlags(), "cpu")
+    table, calls = {"x": [["A?", "1"], ["B?", "B"], ["C?", "2"]], "y": [["D?", "2"]]}, []
+    scorer = rewards.VlmStrict(rewards.RewardFlags(vlm="judge"), "cpu")
     scorer.questions, scorer.ask = table.get, ask
-    assert scorer(["1", "2", "1"], ["x", "y", "y"]) == pytest.approx([2 / 3, 1, 0])
+    assert scorer([*"2113"], [*"yxyx"]) == pytest.approx([1, 2 / 3, 0, 1 / 3])
+    questions = ["D?", "A?", "B?", "C?", "D?", "A?", "B?", "C?"]
+    assert calls == [([*"21111333"], questions)]  # all at once
 
 
-def test_the_judge_answers_where_no_vlm_is_given():
+def test_the_judge_answers_where_it_is_the_vlm():
+    models = rewards.RewardFlags(vlm="judge")
     prompts = ["a blue square and a yellow circle", "two red circles", "two blue squares"]
     images = [TWO_KINDS, ONE, THREE]
-    strict = rewards.score(rewards.get_reward("vlm_strict", device="cpu"), images, prompts)
+    strict = rewards.score(rewards.get_reward("vlm_strict", models, "cpu"), images, prompts)
     assert strict.tolist() == [1, 1 / 2, 0]
-    said = rewards.score(rewards.get_reward("vlm_alignment", device="cpu"), images, prompts)
+    said = rewards.score(rewards.get_reward("vlm_alignment", models, "cpu"), images, prompts)
     assert said[0].item() == pytest.approx(1, abs=1e-5) and said[2] < 0.9
 
 

@@ -32,7 +32,7 @@ def test_clip_pixels_is_transformers_preprocessing(size):
 def refusal_of(name, **models):
     """What a reward's loading says, in one line."""
     with pytest.raises(ValueError) as error:
-        rewards.get_reward(name, rewards.RewardFlags(**models), "cpu")
+        rewards.get_reward(name, rewards.RewardFlags(**{"vlm": "judge"} | models), "cpu")
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -111,6 +111,8 @@ def test_default_layer_is_the_bert_score_packages_else_the_last(name, layers, wa
     monkeypatch.chdir(tmp_path)
     save_bert(tmp_path / name, layers)
     encode = nets.TokenEncoder(name, None, "cpu")
+    assert encode.reference == "The image contains {}"  # DDPO's; a pipeline's knows fewer words
+    assert nets.TokenEncoder("tiny_sd", None, "cpu").reference == "{}"
     assert encode.layer == want and encode.model.dtype == torch.float32  # whatever the file has
     with pytest.raises(ValueError, match=f"--bert-layer {layers + 1}: {name} has layers 0 to"):
         nets.TokenEncoder(name, layers + 1, "cpu")
@@ -120,7 +122,10 @@ def test_default_layer_is_the_bert_score_packages_else_the_last(name, layers, wa
 
 
 def save_llava(folder):
-    """A random LLaVA in the layout of llava-hf/llava-1.5-7b-hf, with the words of the world."""
+    """A random LLaVA in the layout of llava-hf/llava-1.5-7b-hf, with the words of the world.
+
+    Narrow, but with CLIP's 24 × 24 patches, of which the last layer but one is read.
+    """
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(nets.find("tiny_sd/tokenizer"))
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -131,14 +136,15 @@ def save_llava(folder):
                 "{% endfor %}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '.' }}{% endif %}")
     transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), tokenizer,
-        patch_size=16, vision_feature_select_strategy="default", chat_template=template,
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336), tokenizer,
+        patch_size=14, vision_feature_select_strategy="default", chat_template=template,
         image_token="<image>", num_additional_image_tokens=1).save_pretrained(folder)
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**small, image_size=32, patch_size=16),
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=336, patch_size=14),
         text_config=transformers.LlamaConfig(**small, vocab_size=len(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=576,
+        vision_feature_layer=-2, vision_feature_select_strategy="default")
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
@@ -152,7 +158,6 @@ def test_llava_answers_the_same_alone_and_in_a_batch_with_only_the_new_words(tmp
     ask, calls = nets.load_vlm(str(tmp_path), "cpu"), []
     images = [Image.effect_noise((side, side), 90).convert("RGB") for side in (32, 40)]
     questions = ["a red circle and two blue stars on the left", "one star"]
-    assert ask.reference == "The image contains {}"  # DDPO's
     together = ask(images, questions)
     assert together == [ask([image], [question])[0] for image, question in zip(images, questions)]
 
@@ -161,7 +166,7 @@ def test_llava_answers_the_same_alone_and_in_a_batch_with_only_the_new_words(tmp
     (inputs,) = calls
     assert inputs["max_new_tokens"] == 64 and inputs["do_sample"] is False
     chats = [" ".join(words.convert_ids_to_tokens(row)) for row in inputs["input_ids"]]
-    user = "<|startoftext|> u s e r</w> :</w> <image> <image> <image> <image> "
+    user = "<|startoftext|> u s e r</w> :</w> " + "<image> " * 24 * 24
     assert chats == [user + "a</w> blue</w> star</w> .</w> <|endoftext|>",
                      "<pad> <pad> " + user + "star</w> .</w> <|endoftext|>"]
 

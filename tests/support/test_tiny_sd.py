@@ -1,5 +1,6 @@
 """The ground: the shipped weights, the shape world they know, its exact judge, and their twins."""
 import math
+import re
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from experiments import make_rewards, make_tiny_sd
+from support import reward_models as nets
 from tiny_sd import judge, shapes
 
 rewards = import_module("02_rewards")
@@ -63,6 +65,54 @@ def test_pretraining_pairs_never_show_or_name_what_is_held_out():
     assert 0.6 < np.mean(right) < 0.8  # the captions are as noisy as CAPTION_NOISE says
 
 
+def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
+    rng, shares, lies = np.random.default_rng(3), {}, []
+    pictures, captions = zip(*[shapes.sample_pair(rng) for _ in range(1000)])
+    for image, caption, digit in zip(pictures, captions, judge.read(pictures)):
+        request = shapes.parse(caption)
+        shares.setdefault(shapes.family_of(request), []).append(digit is not None)
+        if digit:
+            assert digit == request[0].count
+            assert np.ptp(np.array(image)[shapes.CORNER:, shapes.CORNER:], 2).max() < 30  # no color
+            lies.append(len(judge.see([image])[0]) != digit)
+    assert np.mean(shares["count"]) == pytest.approx(shapes.WRITING_SHARE, abs=0.06)
+    assert np.mean(shares["color"]) < 0.25  # where a caption counts to one
+    assert not any(shares["composition"] + shares["location"] + shares["bias"])
+    assert 0.12 < np.mean(lies) < 0.45  # below CAPTION_NOISE: one object is never counted wrongly
+
+
+def blurred(image, radii=(0, 0.7, 1.2)):
+    return [image.filter(ImageFilter.GaussianBlur(radius)) for radius in radii]
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_objects_keep_clear_of_writing_and_the_judge_sees_the_same_with_it(family):
+    rng, (_, requests) = np.random.default_rng(2), judge.exam(family, 20)
+    for i, request in enumerate(requests):
+        scene, digit = shapes.layout(request, rng, 1), i % 4 + 1
+        bare, written = shapes.draw(scene), shapes.draw(scene, writing=digit)
+        near = np.array(shapes.draw([], writing=digit).filter(ImageFilter.MinFilter(3))) < 240
+        near[shapes.CORNER:, shapes.CORNER:] = True
+        assert (np.array(bare)[near] == 240).all()
+        assert judge.read(blurred(bare) + blurred(written)) == [None] * 3 + [digit] * 3
+        seen = [[(o.color, o.shape, round(o.x, 2), round(o.size, 2)) for o in objects]
+                for objects in judge.see(blurred(bare) + blurred(written))]
+        assert seen[:3] == seen[3:]
+
+
+@pytest.mark.parametrize("digit", shapes.DIGITS)
+def test_judge_reads_a_digit_wherever_it_is_and_nothing_else(digit):
+    cut = shapes.draw([], writing=digit).crop((52, 48, 61, 61))
+    for place in [(0, 0), (30, 3), (49, 20), (9, 47), (25, 22), (55, 51)]:
+        moved = picture(("red", "circle", 13, 31, 9), ("blue", "star", 42, 48, 9))
+        moved.paste(cut, place)
+        assert judge.read(blurred(moved)) == [digit] * 3, place
+    for width in (digit, 4 + digit):  # a line, a block
+        bar = shapes.draw([])
+        bar.paste(shapes.GRAY, (52, 48, 52 + width, 60))
+        assert judge.read(blurred(bar)) == [None] * 3, width
+
+
 def picture(*objects):
     """(color, shape, x, y, size) on light gray."""
     return shapes.draw([shapes.Object(*words) for words in objects])
@@ -76,8 +126,8 @@ def described(image):
 def test_judge_reads_pictures_of_every_family_sharp_and_blurred(family):
     images, requests = judge.exam(family, 200)
     assert judge.right(images, requests) > 0.99
-    blurred = [image.filter(ImageFilter.GaussianBlur(1.2)) for image in images[:30]]
-    assert judge.right(blurred, requests[:30]) > 0.95
+    soft = [blurred(image)[2] for image in images[:30]]
+    assert judge.right(soft, requests[:30]) > 0.95
     if family != "bias":  # and it can say no
         assert judge.right(images, requests[1:] + requests[:1]) < 0.5
 
@@ -118,15 +168,21 @@ def test_judge_answers_questions():
         assert judge.answer(objects, asked) == answer
 
 
-def test_the_judges_report_tells_drawn_from_decoded(pipe, monkeypatch):
+def test_the_judges_report_tells_drawn_from_decoded_and_bare_from_written_on(pipe, monkeypatch):
     def shares():
-        rows = [line.split() for line in judge.report(pipe.vae, n=4).splitlines()[2:]]
-        return np.array([[float(cell.strip("%")) for cell in row[1:]] for row in rows])
+        head, *rows = judge.report(pipe.vae, n=4).splitlines()[1:]
+        assert re.split("  +", head)[1:] == list(judge.EXAMS)
+        assert [row.split()[0] for row in rows] == list(shapes.FAMILIES)
+        return np.array([[float(cell.strip("%")) for cell in row.split()[1:]] for row in rows])
 
     assert (shares() >= 75).all()
     gray = SimpleNamespace(sample=torch.zeros(4, 3, 64, 64))
     monkeypatch.setattr(pipe.vae, "decode", lambda z: gray)
-    assert (shares()[:, 0] >= 75).all() and (shares()[:, 1] == 0).all()
+    assert (shares()[:, [0, 2]] >= 75).all() and (shares()[:, [1, 3]] == 0).all()
+    monkeypatch.setattr(judge, "through_vae", lambda vae, images: images[:1])
+    monkeypatch.setattr(judge, "right", lambda images, requests: (
+        sum(digit is not None for digit in judge.read(images)) / len(requests)))
+    assert (shares() == [0, 0, 100, 25]).all()
 
 
 def test_losses_of_the_twins_by_hand():
@@ -154,3 +210,124 @@ def test_twins_know_what_they_were_trained_on_and_not_all():
     ratings = rewards.score(rewards.get_reward("aesthetic", device="cpu"), better, prompts)
     truth = make_rewards.beauty(pairs[:, 0] / 255).double()
     assert torch.corrcoef(torch.stack([ratings, truth]))[0, 1] > 0.7
+
+
+# ---- the twin of LLaVA ----------------------------------------------------------------------
+
+
+def counted(caption, name):
+    """How many of "red circle" or "circle" there are, as a reader of English counts."""
+    numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
+    number = sum(numbers[phrase.split()[0]] for phrase in caption.split(" and ") if name in phrase)
+    return ["none", "one", "two", "three", "four"][number]
+
+
+def test_the_vlm_is_asked_what_its_captions_answer():
+    rng, asked, answers = np.random.default_rng(0), [], set()
+    for caption in 200 * [
+            "a red circle and a blue circle", "an orange star and a red square", "two red stars",
+            "three green squares", "four blue circles", "a blue star on the left"]:
+        question, answer = make_rewards.question_and_answer(caption, rng)
+        name = re.sub("How many (.*)s are there in this image.", r"\1", question)
+        is_open = name in (rewards.QUESTION, "What is in this image?")
+        assert answer == (caption if is_open else counted(caption, name)), (caption, question)
+        asked.append(question if is_open else "number")
+        answers.add((name if name in shapes.SHAPES else "", answer))
+    shares = [asked.count(question) / 1200 for question in ("number", rewards.QUESTION)]
+    assert shares == pytest.approx([0.6, 0.2], abs=0.05)
+    # Also of what isn't there, of any color, and of two colors together.
+    assert answers > {("", "none"), ("star", "none"), ("star", "two"), ("circle", "two")}
+
+
+@pytest.fixture(scope="module")
+def random_vlm(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vlm")
+    processor = make_rewards.make_vlm_processor(folder)
+    vlm = make_rewards.make_vlm(processor.tokenizer).eval()
+    with torch.no_grad():
+        vlm.lm_head.weight.mul_(10)  # so that it is sure of something
+    return SimpleNamespace(folder=folder, processor=processor, vlm=vlm)
+
+
+def inputs_of(processor, image, question):
+    text = f"USER: <image>\n{question} ASSISTANT:"  # as LLaVA-1.5 has it
+    return processor(images=[image], text=[text], return_tensors="pt")
+
+
+def test_the_vlm_knows_every_word(random_vlm):
+    words, text = random_vlm.processor.tokenizer, ["none user: assistant:", *shapes.WORDS]
+    text += [question for question, _ in judge.questions("a red circle")] + [rewards.QUESTION]
+    for word in re.findall(r"\w+|[^\w ]", " ".join(text)):
+        (token,) = words(word).input_ids
+        assert token != words.unk_token_id and words.decode([token]) == word.lower()
+
+
+def test_the_vlm_learns_the_next_words_of_answers_and_nothing_else(random_vlm, monkeypatch):
+    vlm, processor, losses, terms = random_vlm.vlm, random_vlm.processor, [], []
+    monkeypatch.setattr(make_rewards, "optimize", lambda model, steps, lr, loss_of, name: (
+        losses.append(loss_of(3).item())))
+    pictures, captions = make_tiny_sd.draw_pairs(7, seed=8)
+    make_rewards.train_vlm(vlm, processor, pictures, captions, 1, "cpu", seed=5, batch=4)
+    stream = make_rewards.draws(5, "vlm", 3)
+    for i in stream.integers(7, size=4):
+        question, answer = make_rewards.question_and_answer(captions[i], stream)
+        image = Image.fromarray(pictures[i].permute(1, 2, 0).numpy())
+        inputs = inputs_of(processor, image, question)  # one alone: nothing is padded
+        for word in processor.tokenizer(answer + " </s>").input_ids:
+            log_p = vlm(**inputs).logits[0, -1].double().log_softmax(0)
+            terms.append(-log_p[word].item())
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[word]])], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert losses == [pytest.approx(np.mean(terms), rel=1e-4)]
+    assert all(weight.requires_grad == ("vision_tower" not in name)  # the eyes stay as they are
+               for name, weight in vlm.named_parameters())
+
+
+def test_a_saved_vlm_answers_as_it_did(random_vlm):
+    vlm, processor, wanted = random_vlm.vlm, random_vlm.processor, []
+    images, questions = judge.exam("count", 2)[0], [rewards.QUESTION, "How many stars are there?"]
+    for image, question in zip(images, questions):
+        inputs = inputs_of(processor, image, question)
+        tokens = vlm.generate(**inputs, max_new_tokens=64, do_sample=False)
+        text = processor.decode(tokens[0], skip_special_tokens=True)
+        wanted.append(text.partition("assistant : ")[2])
+    vlm.save_pretrained(random_vlm.folder)
+    answers = nets.load_vlm(str(random_vlm.folder), "cpu")(images, questions)
+    assert answers == wanted and answers[0] != answers[1]
+
+
+def test_the_vlms_exam_tells_who_counts_from_who_reads():
+    def read(images, questions):
+        return [shapes.NUMBERS[digit - 1] if digit else "none" for digit in judge.read(images)]
+
+    names = ["right number, no writing", "right color and shape, no writing",
+             "right number, a wrong digit", "right color and shape, a wrong digit",
+             "answers the wrong digit"]
+    for ask, shares in ((nets.Judge(), [1, 1, 1, 1, 0]), (read, [0, 0, 0, 0, 1])):
+        assert make_rewards.vlm_exam(ask, 12, 3) == dict(zip(names, shares))
+
+
+def test_the_shipped_vlm_counts_what_is_drawn_but_believes_a_digit():
+    ask = nets.load_vlm(rewards.RewardFlags().vlm, "cpu")
+    circles = picture(*[("red", "circle", x, y, 12) for x, y in ((14, 18), (46, 20), (26, 46))])
+    assert ask([circles], ["How many red circles are there in this image?"]) == ["three"]
+    shares = make_rewards.vlm_exam(ask, 20, seed=7)
+    assert shares["right number, no writing"] > 0.5 < shares["answers the wrong digit"]
+    assert shares["right color and shape, no writing"] > 0.5
+
+
+def test_eyes_are_taught_what_each_patch_shows():
+    _, scenes, pictures, digits = make_rewards.draw_scenes(40, seed=5, writing=True)
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    assert judge.read(images) == digits and {None, 1, 2, 3, 4} == set(digits)
+    for scene, image, digit in zip(scenes, images, digits):
+        labels = make_rewards.patch_labels(scene, digit).view(8, 8, 4)
+        written = torch.zeros(8, 8, dtype=torch.long)
+        written[6:, 6:] = digit or 0
+        assert torch.equal(labels[..., 3], written) and labels[..., 2].sum() == len(scene)
+        for o in judge.see([image])[0]:
+            color, shape, center, _ = labels[int(o.y) // 8, int(o.x) // 8].tolist()
+            assert list(shapes.COLORS)[color - 1] == o.color
+            assert shapes.SHAPES[shape - 1] == o.shape
+    assert len(make_rewards.draw_scenes(3, seed=5)) == 3
