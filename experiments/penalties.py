@@ -112,7 +112,7 @@ def train(config):
     """Chapter 4's loop with another leash.  Returns the run and its summary."""
     check(config)
     all_prompts = get_prompts(config.prompts)
-    film_prompts = training.spread_evenly(all_prompts, 8)
+    film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
     reward = rewards.get_reward(config.reward, config, config.device)
     gold = rewards.get_reward(config.gold, config, config.device, "--gold")
     pipe = models.load_pipeline(config.model, config.device)

@@ -31,14 +31,27 @@ def sheet(path, rows, row_names, column_names=None, titles=None, captions=None):
         if titles:
             ax.set_title(titles[r][c], size=9)
         elif r == 0:
-            lines = [textwrap.fill(line, 18) for line in column_names[c].splitlines()]
-            ax.set_title("\n".join(lines), size=7)
+            ax.set_title(wrapped(column_names[c]), size=7)
         if captions:
-            ax.set_xlabel(textwrap.fill(captions[r][c], 18), size=6)
+            ax.set_xlabel(wrapped(captions[r][c]), size=6)
         if c == 0:
-            ax.set_ylabel(textwrap.fill(row_names[r], 18), rotation=0, ha="right", va="center",
+            ax.set_ylabel(wrapped(row_names[r]), rotation=0, ha="right", va="center",
                           size=8)
     figure.savefig(path)
+
+
+def wrapped(text, width=18):
+    """Each line of a text broken where it is too long."""
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
+def strip(images):
+    """Pictures of one size side by side in one."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 0))
+    return row
 
 
 def beliefs(path, prompts, pictures, names, last):
@@ -163,6 +176,19 @@ def queries(path, runs, name, title):
                             color=line.get_color())
     ax.set(xlabel="reward queries", ylabel=name)
     ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    titled(figure, path, title)
+
+
+def lines(path, panels, xlabel, title):
+    """Panels side by side. panels: name -> {label: (x, y)}."""
+    figure = Figure(figsize=(3.4 * len(panels), 3.2), dpi=100, layout="constrained")
+    for ax, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                  panels.items()):
+        for label, (x, y) in curves.items():
+            ax.plot(x, y, ".-", lw=1, label=label)
+        ax.set(xlabel=xlabel, title=name)
+        ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     titled(figure, path, title)
 

@@ -1,18 +1,21 @@
-"""A run is a folder: config.json, metrics.csv, pictures, curves, the summary, the tuned weights."""
+"""A run is a folder: config.json, metrics.csv (a line for each round), pictures.csv (a line for
+each picture that was drawn for training), film/, figures, evaluation.json, and the tuned weights.
+"""
 import csv
 import json
-import math
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from support import figures, models, training
 
-FRAMES = 5  # of the film, after the first one
+FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
+COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
 
 
 class Run:
@@ -23,6 +26,7 @@ class Run:
         self.folder = new_folder(config, method)
         self.rows = []  # one dict a round, as in metrics.csv
         self.film = []  # (reward queries so far, pictures of the same noise), as training goes on
+        self.film_prompts = []
         self.started = self.round_started = time.perf_counter()
         text = json.dumps(asdict(config) | {"method": method}, indent=2)
         Path(self.folder, "config.json").write_text(text, encoding="utf-8")
@@ -35,7 +39,10 @@ class Run:
             yield n
 
     def log(self, n, **columns):
-        """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error."""
+        """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error.
+
+        What tensors say of each picture goes to pictures.csv, in the order of the round's prompts.
+        """
         queries = (n + 1) * self.config.prompts_per_round * self.config.samples_per_prompt
         row = {"round": n + 1, "queries": queries}
         words = [f"round {n + 1:3}"]
@@ -46,6 +53,11 @@ class Run:
             else:
                 row[name] = value
                 words.append(f"{name} {value:.3g}")
+        of_pictures = {name: values.tolist() for name, values in columns.items()
+                       if isinstance(values, torch.Tensor)}
+        for i, values in enumerate(zip(*of_pictures.values())):
+            picture = {"round": n + 1, "queries": queries, "picture": i}
+            append_row(Path(self.folder, "pictures.csv"), picture | dict(zip(of_pictures, values)))
         row["seconds"] = time.perf_counter() - self.round_started
         words.append(f"{row['seconds']:.1f} s")
         self.rows.append(row)
@@ -53,13 +65,19 @@ class Run:
         self.bar.write("  ".join(words))
 
     def is_film_due(self, n):
-        """Whether the film gets a frame before round n: the first, and about FRAMES more."""
-        return n % math.ceil(self.config.rounds / FRAMES) == 0
+        """Whether the film gets a frame before round n; one more comes after the last round."""
+        return n in [k * self.config.rounds // FRAMES for k in range(FRAMES)]
 
     def add_to_film(self, trajectory):
+        """One frame more: to be drawn in the end, and without loss in the folder film/."""
         queries = self.rows[-1]["queries"] if self.rows else 0
         self.film.append((queries, trajectory.images))
         self.film_prompts = trajectory.prompts
+        folder = Path(self.folder, "film")
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(trajectory.prompts, indent=2)
+        (folder / "prompts.json").write_text(text, encoding="utf-8")
+        figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
 
     def finish(self, pipe, before, after, names):
         """Saves pictures, curves, summary and weights.  names: column -> what it is called.
@@ -75,8 +93,11 @@ class Run:
         figures.curves(folder / "reward.png", self.rows, ends, names)
         if self.film:
             times = [f"{queries} queries" for queries, _ in self.film]
-            strips = [images for _, images in self.film]
-            figures.sheet(folder / "film.png", strips, times, self.film_prompts)
+            columns = training.spread_evenly(range(len(self.film_prompts)), COLUMNS)
+            columns = list(dict.fromkeys(columns))
+            strips = [[images[i] for i in columns] for _, images in self.film]
+            figures.sheet(folder / "film.png", strips, times,
+                          [self.film_prompts[i] for i in columns])
         models.save_trained(pipe, folder)
         summary = {"queries": self.rows[-1]["queries"],
                    "seconds": time.perf_counter() - self.started}
@@ -149,6 +170,19 @@ def read_rows(path):
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_film(folder):
+    """A run's film: prompts, and queries -> pictures of the same noise, one for each prompt."""
+    folder = Path(folder, "film")
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    frames = {}
+    for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem)):
+        picture = Image.open(path).convert("RGB")
+        width = picture.width // len(prompts)
+        frames[int(path.stem)] = [picture.crop((i * width, 0, (i + 1) * width, picture.height))
+                                  for i in range(len(prompts))]
+    return prompts, frames
 
 
 def labels(folders):

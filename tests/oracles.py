@@ -29,10 +29,11 @@ def train(config, method, prompts, reward, gold=None):
                                   weight_decay=config.weight_decay)
     value = make_value(pipe, config) if method == "dpok" else None
     history, rows, film = {}, [], []
+    shown = in_turn(prompts, config.film_pictures)
     before = evaluate(pipe, frozen, scheduler, config, method, prompts, reward, gold)
 
     for n in range(config.rounds):
-        film.append(draw_all(pipe, scheduler, config, in_turn(prompts, 8), FILM, 0)[1])
+        film.append(draw_all(pipe, scheduler, config, shown, FILM, 0)[1])
         chosen = choose_prompts(config, prompts, n)
         B, T = len(chosen), config.num_steps
         chains, images = draw_all(pipe, scheduler, config, chosen, TRAIN, n)
@@ -72,7 +73,7 @@ def train(config, method, prompts, reward, gold=None):
         if method == "dpok" and config.value:
             fit_value(value, chains, r, scheduler, config, n)
 
-    film.append(draw_all(pipe, scheduler, config, in_turn(prompts, 8), FILM, 0)[1])
+    film.append(draw_all(pipe, scheduler, config, shown, FILM, 0)[1])
     after = evaluate(pipe, frozen, scheduler, config, method, prompts, reward, gold)
     weights = {name: pipe.unet.state_dict()[name] for name in names}
     return {"weights": weights, "start": start, "rows": rows, "before": before, "after": after,

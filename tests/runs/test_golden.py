@@ -21,9 +21,10 @@ RUNS = {  # name: (script, its flags)
                    "--prompts-per-round 1 --samples-per-prompt 8 --max-grad-norm 3 "
                    "--learning-rate 3e-5"),
     "is_lora": ("03_ddpo", "--lora-rank 2 --prompts-per-round 2 --updates-per-round 3 "
-                "--learning-rate 1e-2 --rounds 3 --max-grad-norm 2.2"),
+                "--learning-rate 1e-2 --rounds 3 --max-grad-norm 2.2 --film-pictures 2"),
     "dpok_value": ("04_dpok", "--lora-rank 2 --prompts-per-round 2 --rounds 4 --value-rounds 2 "
-                   "--alpha 2 --beta 0.05 --eta 0.8 --num-steps 3 --max-grad-norm 590"),
+                   "--alpha 2 --beta 0.05 --eta 0.8 --num-steps 3 --max-grad-norm 590 "
+                   "--film-pictures 1"),
     "dpok_all": ("04_dpok", "--lora-rank 0 --no-value --ratio per_dim --clip-range 0.004 "
                  "--timestep-fraction 0.5 --prompts-per-round 1 --samples-per-prompt 5 "
                  "--guidance-scale 1.5 --learning-rate 3e-5 --beta 0.5 --max-grad-norm 19"),
@@ -85,7 +86,8 @@ def test_log_evaluation_and_pictures_are_those_of_a_plain_slow_training(pair):
             error = np.std(values, ddof=1) / len(values) ** 0.5
             found = verdict[name][side], verdict[name][side + "_se"]
             assert found == pytest.approx((np.mean(values), error), rel=2e-3, abs=2e-3), side
-    strips = [run.before["images"], run.after["images"], *(images for _, images in run.film)]
+    _, frames = runs.read_film(run.folder)
+    strips = [run.before["images"], run.after["images"], *frames.values()]
     wanted = [before["images"], after["images"], *expected["film"]]
     for images, twins in zip(strips, wanted, strict=True):
         assert oracles.difference(images, twins) < 0.1

@@ -20,8 +20,8 @@ mdp, rewards = import_module("01_mdp"), import_module("02_rewards")
 ddpo, dpok = import_module("03_ddpo"), import_module("04_dpok")
 TINY = ["--rounds", "2", "--prompts-per-round", "2", "--samples-per-prompt", "3", "--num-steps",
         "3", "--eval-samples", "4", "--device", "cpu"]
-FILES = {"config.json", "metrics.csv", "film.png", "before_after.png", "reward.png",
-         "evaluation.json"}
+FILES = {"config.json", "metrics.csv", "pictures.csv", "film", "film.png", "before_after.png",
+         "reward.png", "evaluation.json"}
 
 
 def names_in(folder):
@@ -42,7 +42,8 @@ def test_scripts_run_from_anywhere_into_a_log_without_greek(script, words, said,
     assert done.returncode == 0, done.stderr
     assert said in done.stdout and names_in(tmp_path) == {"runs"}
     for file in files:
-        assert (tmp_path / "runs" / file).stat().st_size > 100, file
+        path = tmp_path / "runs" / file
+        assert path.is_dir() or path.stat().st_size > 100, file
 
 
 @pytest.mark.parametrize("script, words, weights", [
@@ -150,6 +151,7 @@ def test_sd_runs_end_to_end_on_a_stand_in(script, words, folder, batch, full_mod
     (rewards, "--rewards beauty", "--rewards beauty"), (ddpo, "--reward beauty", "--reward beauty"),
     (ddpo, "--reward my.py:few", "1 numbers for 4"), (ddpo, "--reward my.py:breaks", "my.py:4"),
     (ddpo, "--prompts my.py", "'def'"), (ddpo, "--eta 0", "--eta"),
+    (ddpo, "--film-pictures 0", "--film-pictures"),
     (ddpo, "--samples-per-prompt 1", "--samples-per-prompt"),
     (ddpo, "--updates-per-round 7", "--updates-per-round"),
     (ddpo, "--estimator sf --updates-per-round 2", "--estimator sf"),

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from support import figures, models, runs
+from tests.oracles import difference
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def test_no_run_is_overwritten(config):
         runs.check_folder(replace(config, out=__file__))
 
 
-@pytest.mark.parametrize("rounds, due", [(1, [0]), (11, [0, 3, 6, 9]), (15, [0, 3, 6, 9, 12])])
+@pytest.mark.parametrize("rounds, due", [
+    (1, [0]), (3, [0, 1, 2]), (11, [0, 2, 5, 8]), (60, [0, 15, 30, 45])])
 def test_rounds_with_a_frame_of_the_film(rounds, due, config):
     run = runs.Run(replace(config, rounds=rounds), "ddpo")
     assert [n for n in range(rounds) if run.is_film_due(n)] == due
@@ -88,7 +90,7 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
     film = SimpleNamespace(images=[gray(1), gray(2)], prompts=["first", "second"])
     run.add_to_film(film)
     for n in run.rounds():
-        run.log(n, reward=torch.tensor([1.0, 2.0, 6.0]), gold=0.5)
+        run.log(n, reward=torch.tensor([1.0, 2.0, 6.0]), gold=0.5, kl=torch.ones(3) * n)
     run.add_to_film(film)
     names = {"reward": "my reward", "gold": "its"}
     verdict = run.finish("pipe", side(10, 20), side(15, 50), names)
@@ -96,7 +98,10 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
     rows = runs.read_rows(run.folder / "metrics.csv")
     assert rows == run.rows and [row["round"] for row in rows] == [1, 2]
     assert rows[1] == {"round": 2, "queries": 12, "reward": 3, "gold": 0.5, "seconds": 1,
-                       "reward_se": pytest.approx(math.sqrt(7 / 3))}
+                       "kl": 1, "kl_se": 0, "reward_se": pytest.approx(math.sqrt(7 / 3))}
+    assert (run.folder / "pictures.csv").read_text().splitlines() == [
+        "round,queries,picture,reward,kl", "1,6,0,1.0,0.0", "1,6,1,2.0,0.0", "1,6,2,6.0,0.0",
+        "2,12,0,1.0,1.0", "2,12,1,2.0,1.0", "2,12,2,6.0,1.0"]
     assert json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8")) == verdict
     assert (verdict["queries"], verdict["seconds"]) == (12, 5)
     assert (verdict["gold"]["before"], verdict["gold"]["after"]) == (22, 52)
@@ -114,6 +119,24 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
     strips, times, prompts = drawn["film.png"]
     assert times == ["0 queries", "12 queries"] and prompts == ["first", "second"]
     assert strips == [film.images] * 2 and drawn["weights"] == "pipe"
+
+
+def test_the_film_is_kept_without_loss_and_eight_columns_of_it_are_drawn(config, drawn):
+    run = runs.Run(replace(config, rounds=1), "ddpo")
+    prompts = ['a "red", round one', "a\nb", *[f"{i}, 'é'" for i in range(8)]]
+    frames = [[Image.effect_noise((9, 7), 90 + i).convert("RGB") for i in range(10)]
+              for _ in range(2)]
+    for images in frames:
+        run.add_to_film(SimpleNamespace(images=images, prompts=prompts))
+        for n in run.rounds():
+            run.log(n, reward=torch.ones(2))
+    read, found = runs.read_film(run.folder)
+    assert read == prompts and list(found) == [0, 6]
+    assert all(difference(*pair) == 0 for pair in zip(frames, found.values(), strict=True))
+    run.finish("pipe", side(1, 2), side(3, 4), {"reward": "r"})
+    columns = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert drawn["film.png"] == ([[images[i] for i in columns] for images in frames],
+                                 ["0 queries", "6 queries"], [prompts[i] for i in columns])
 
 
 def test_labels_are_unlike_the_pretrained_models_and_a_folder_counts_once(tmp_path, monkeypatch):
