@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import lemma, overoptimization, penalties, sft, sweep, variance
+from experiments import (lemma, overoptimization, penalties, prompt_alignment, samples, sft, sweep,
+                         variance)
 from support import commands, figures, flags, models, runs, training
 from support.prompts import get_prompts
+from tiny_sd import judge
 
 mdp = import_module("01_mdp")
 rewards = import_module("02_rewards")
+ddpo = import_module("03_ddpo")
 dpok = import_module("04_dpok")
 
 SMALL = ["--rounds", "2", "--samples-per-prompt", "4", "--num-steps", "3", "--device", "cpu"]
@@ -164,21 +167,36 @@ def test_variance_compares_three_advantages_of_an_unseen_round(monkeypatch, inst
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """Instead of training, a folder whose numbers are made of β.  -> what was started"""
+    """Instead of training, a folder whose numbers are made of β (03: of the name's length).
+
+    -> what was started. A picture's color: (the name's length, 9·frame, prompt); prompt 0 is still.
+    """
     started = []
 
     def start(command):
         started.append(command)
-        config = flags.parse(dpok.Config, "", command[1:], dpok.SD)
-        folder = Path(config.out, config.name)
-        folder.mkdir(parents=True)
+        script = import_module(command[0].removesuffix(".py"))
+        config = flags.parse(script.Config, "", command[1:], script.SD)
+        folder, beta = Path(config.out, config.name), getattr(config, "beta", len(config.reward))
+        (folder / "film").mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(asdict(config)))
+        prompts = get_prompts(config.prompts)
         for n in range(config.rounds):
+            row = {"round": n + 1, "queries": 8 * n + 8}
             runs.append_row(folder / "metrics.csv",
-                            {"kl": n, "reward": n, "gold": config.beta - (n - 2) ** 2})
+                            row | {"kl": n, "reward": n, "gold": beta - (n - 2) ** 2})
+            for i, prompt in enumerate(training.prompts_of_round(prompts, config, n)):
+                reward = 100 * len(prompt.split()) + n**2
+                runs.append_row(folder / "pictures.csv", row | {"picture": i, "reward": reward})
+        film = training.spread_evenly(prompts, config.film_pictures)
+        (folder / "film" / "prompts.json").write_text(json.dumps(film))
+        for k in range(5):
+            figures.strip([Image.new("RGB", (8, 8), (len(config.reward), 9 * k * (i > 0), i))
+                           for i in range(len(film))]).save(folder / "film" / f"{8 * k:06d}.png")
         figures.sheet(folder / "film.png", [[Image.new("RGB", (8, 8))]], ["x"], ["y"])
-        verdict = {name: {"title": f"title {name}", "before": -k, "after": 10 * k + config.beta,
-                          "after_se": 0.5 * k} for k, name in enumerate(("reward", "gold", "kl"))}
+        verdict = {name: {"title": f"title {name}", "before": beta / 2 - k, "before_se": 0.25,
+                          "after": 10 * k + beta, "after_se": 0.5 * k}
+                   for k, name in enumerate(("reward", "gold", "kl"))}
         (folder / "evaluation.json").write_text(json.dumps(verdict | {"queries": 99}))
 
     monkeypatch.setattr(commands, "start", start)
@@ -201,23 +219,110 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, capsys):
     assert (tmp_path / "other.png").is_file() and (tmp_path / "other_beta_1").is_dir()
 
 
-def test_overoptimization_runs_four_commands_and_marks_the_early_stop(fake_runs, tmp_path, capsys):
-    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path), "--", "--prompts", "a star"]
-    lines = overoptimization.main(words)
-    wanted = [dict(reward="image_reward", beta=beta, value=True) for beta in (0.0, 0.01, 0.1)]
+def test_overoptimization_runs_its_parts_and_marks_the_early_stop(fake_runs, tmp_path, capsys,
+                                                                  monkeypatch):
+    def load_vlm(name, device):
+        assert (name, device) == ("my vlm", "cpu")
+        return lambda images, questions: [f"{question} {image.getpixel((4, 4))[1]}"
+                                          for image, question in zip(images, questions)]
+
+    sheets, curves = [keep_calls(monkeypatch, figures, name) for name in ("sheet", "lines")]
+    monkeypatch.setattr(overoptimization.reward_models, "load_vlm", load_vlm)
+    monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
+        3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
+    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path), "--", "--vlm", "my vlm"]
+    drawn = overoptimization.main(words)
+    wanted = [dict(reward="image_reward", beta=beta) for beta in (0.0, 0.01, 0.1)]
     wanted.append(dict(reward="incompressibility", beta=0.0, value=False))
+    for beta in (0.0, 0.03):
+        wanted.append(dict(reward="vlm_strict", beta=beta, value=False, prompts="count",
+                           prompts_per_round=4, samples_per_prompt=12, film_pictures=32))
     for command, changes in zip(fake_runs, wanted, strict=True):
         config = flags.parse(dpok.Config, "", command[1:], dpok.SD)
-        common = dict(rounds=9, samples_per_prompt=48, learning_rate=2e-3, seed=3, prompts="a star",
+        common = dict(rounds=9, samples_per_prompt=48, learning_rate=2e-3, seed=3, vlm="my vlm",
                       gold="alignment", out=str(tmp_path), name=config.name)
-        assert asdict(config) == asdict(dpok.Config(**common, **changes))
-    for beta, (rows, stop) in zip((0.0, 0.01, 0.1), lines.values(), strict=True):
+        assert asdict(config) == asdict(dpok.Config(**common | changes))
+    for beta, (rows, stop) in zip((0.0, 0.01, 0.1), drawn["proxy"].values(), strict=True):
         assert stop == 3 and len(rows) == 9 and rows[0]["gold"] == beta - 4
+    said = capsys.readouterr().out
     assert ("β = 0.1: over the last 5 of 9 rounds image_reward is 6.000, alignment -17.900, at 8 "
-            "nats; alignment was best, -1.400, at round 4.") in capsys.readouterr().out
+            "nats; alignment was best, -1.400, at round 4.") in said
+
+    prompts = training.spread_evenly(get_prompts("count"), 32)
+    threes = sum("three" in prompt for prompt in prompts) / 32  # none of them the first, still one
+    assert drawn["writing"] == dict.fromkeys(
+        (0.0, 0.03), ([0, 8, 16, 24, 32], [0, 0, 0, threes, threes]))
+    assert f"any digit in 0% and {31 / 32:.0%}" in said and 0.2 < threes < 0.5
+    _, panels, xlabel, _ = curves[0]
+    for lines, column in zip(panels.values(), ("reward", "gold", None), strict=True):
+        for beta, (x, y) in zip((0.0, 0.03), lines.values(), strict=True):
+            means = {"reward": [0, 0.5, 1, 1.5, 2, 3, 4, 5, 6], None: [0] * 3 + [threes] * 2,
+                     "gold": [beta - v for v in (4, 2.5, 5 / 3, 1.5, 2, 3, 6, 11, 18)]}
+            assert y == pytest.approx(means[column])
+            assert x == [8 * k + (column is not None) * 8 for k in range(len(x))]
+    path, strips, names, columns, _, captions = sheets[-1]
+    shown = training.spread_evenly([prompt for prompt in prompts if "three" in prompt], 4)
+    assert path == tmp_path / "overoptimization_writing.png" and xlabel == "reward queries"
+    assert columns == [f"{prompt}\nβ = {beta}" for beta in ("0", "0.03") for prompt in shown]
+    place = prompts.index(shown[1])
+    assert [len(row) for row in strips] == [8] * 5 and colors(strips[3])[5] == (10, 27, place)
+    question, _ = judge.questions(shown[1])[0]
+    assert captions[3][5] == f"VLM: {question} 27\njudge: none" and names[3] == "24 queries"
     with pytest.raises(ValueError, match="--rounds 9, not 8"):
         overoptimization.main(["--rounds", "8", *words[2:]])
-    assert len(fake_runs) == 4 and (tmp_path / "overoptimization_noise.png").is_file()
+    assert len(fake_runs) == 6 and (tmp_path / "overoptimization_noise.png").is_file()
+    assert list(overoptimization.main(["--only", "writing", *words])) == ["writing"]
+
+
+def colors(images):
+    return [image.getpixel((4, 4)) for image in images]
+
+
+def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch, capsys):
+    sheets = keep_calls(monkeypatch, figures, "sheet")
+    samples.main(["--prompts", "location", "--rounds", "3", "--name", "s", "--out", str(tmp_path),
+                  "--", "--film-pictures", "2"])
+    names = ["aesthetic", "compressibility", "incompressibility"]
+    assert [commands.settings_of(command) for command in fake_runs] == [asdict(ddpo.Config(
+        reward=name, prompts="location", rounds=3, film_pictures=2, name=f"s_{name}",
+        out=str(tmp_path))) for name in names]
+    path, rows, row_names, columns = sheets[-1]
+    assert path == tmp_path / "s.png" and path.is_file()
+    assert columns == training.spread_evenly(get_prompts("location"), 2)
+    assert row_names == ["pretrained", "aesthetic\n4.50 → 9.00", "compressibility\n7.50 → 15.00",
+                         "incompressibility\n8.50 → 17.00"]
+    assert [colors(row) for row in rows] == [[(9, 0, 0), (9, 0, 1)], *(
+        [(len(name), 0, 0), (len(name), 36, 1)] for name in names)]
+    assert "incompressibility    8.500 ± 0.250  ->  17.000 ± 0.000" in capsys.readouterr().out
+
+
+def test_alignment_draws_each_family_by_its_own_prompts(fake_runs, tmp_path, monkeypatch):
+    sheets, plots = (keep_calls(monkeypatch, figures, name) for name in ("sheet", "queries"))
+    lengths = {"location": 6, "color": 3, "composition": 7}  # words of each family's prompts
+    words = ["--families", *lengths, "--rounds", "7", "--out", str(tmp_path),
+             "--prompts-per-family"]
+    curves = prompt_alignment.main([*words, "2", "--", "--seed", "3", "--vlm", "judge"])
+    (command,), path = fake_runs, tmp_path / "prompt_alignment"
+    assert commands.settings_of(command) == asdict(ddpo.Config(
+        reward="vlm_alignment", prompts=f"{path}.txt", rounds=7, prompts_per_round=6,
+        samples_per_prompt=8, film_pictures=6, seed=3, vlm="judge", name=path.name,
+        out=str(tmp_path)))
+    prompts = sum((training.spread_evenly(get_prompts(family), 2) for family in lengths), [])
+    assert Path(f"{path}.txt").read_text().splitlines() == prompts
+    latest = [0, 1 / 2, 5 / 3, 14 / 4, 30 / 4, 54 / 4, 86 / 4]  # of 0, 1, 4, 9, 16, 25, 36
+    for family, length in lengths.items():
+        x, y = plots[0][1][family]
+        assert (x, y[0].tolist()) == (curves[family][0], pytest.approx(curves[family][1]))
+        assert x == [8, 16, 24, 32, 40, 48, 56]
+        assert curves[family][1] == pytest.approx([100 * length + mean for mean in latest])
+    film, rows, row_names, columns = sheets[-1]
+    assert row_names == [prompts[i] for i in (1, 2, 4)]  # the first of a family that is not still
+    assert columns == [f"{n} queries" for n in (0, 8, 16, 24, 32)]
+    assert [colors(row) for row in rows] == [[(13, 9 * k, i) for k in range(5)] for i in (1, 2, 4)]
+    assert all(Path(file).is_file() for file in (film, f"{path}_film.png", f"{path}.png"))
+    with pytest.raises(ValueError, match="--prompts-per-family"):
+        prompt_alignment.main([*words, "1"])
+    assert Path(f"{path}.txt").read_text().splitlines() == prompts and len(fake_runs) == 1
 
 
 @pytest.mark.parametrize("script, words, named", [
@@ -226,6 +331,15 @@ def test_overoptimization_runs_four_commands_and_marks_the_early_stop(fake_runs,
     (penalties, "--target-kl 3 --beta 0", "--target-kl"), (variance, "--groups 99", "--groups"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas 0.1 0.1", "--betas"),
     (sweep, "-- --beta 1", "--beta"), (sweep, "-- --rounds 0", "--rounds"),
+    (samples, "-- --num-steps 0", "--num-steps"), (prompt_alignment, "--families", "--families"),
+    (prompt_alignment, "--families shape", "--families"), (prompt_alignment, "-- --eta 2", "--eta"),
+    *((samples, f"-- {flag} 1", f"{flag} behind --") for flag in (
+        "--reward --prompts --rounds --name --out").split()),
+    *((prompt_alignment, f"-- {flag} 1", f"{flag} behind --") for flag in (
+        "--reward --prompts --rounds --film-pictures --prompts-per-round --samples-per-prompt "
+        "--name --out").split()),
+    (overoptimization, "-- --film-pictures 4", "--film-pictures"),
+    (overoptimization, "--samples-per-prompt 10", "--samples-per-prompt"),
     *((overoptimization, f"-- --{flag} 1", "gets its own") for flag in (
         "beta no-value rounds samples-per-prompt learning-rate reward gold seed").split())])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):
