@@ -1,6 +1,6 @@
 """Every number in one place: runs what is missing, writes small CSV files, renders README.md.
 
-    python experiments/results.py            runs what is missing in runs/results/ (half an hour)
+    python experiments/results.py            runs what is missing in runs/results/ (an hour)
     python experiments/results.py --render   only writes the tables of the CSV files into README.md
 
 A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "# device: ...",
@@ -9,6 +9,7 @@ A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "
 import csv
 import datetime
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from support import commands, flags, tables  # noqa: E402
+from experiments import overoptimization, prompt_alignment, samples  # noqa: E402
+from support import commands, flags, runs, tables  # noqa: E402
 
 SEEDS = (0, 1, 2)
 SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3)
@@ -25,7 +27,16 @@ CHAPTERS = {"ddpo_defaults": "03_ddpo.py", "dpok_defaults": "04_dpok.py"}
 TITLES = {"ddpo_defaults": "03 as it comes: alignment on 128 pictures from fresh noise",
           "dpok_defaults": "04 as it comes: \"four stars\" on 128 pictures from fresh noise",
           "dpok_sweep": "04 with other β: path KL in nats, learned reward and alignment at the end",
-          "eval_quick": "05, the quick tour: far too little training to conclude anything"}
+          "eval_quick": "05, the quick tour: far too little training to conclude anything",
+          "eval_default": "05 as it comes: one seed, 1600 reward queries a method",
+          "eval_claims": "05 as it comes: 95 % intervals of a paired bootstrap over pictures",
+          "samples": "The slides' rewards: on 128 pictures from fresh noise",
+          "prompt_alignment": "Trained on vlm_alignment: its mean in training, by family",
+          "writing": "Paid for vlm_strict on \"n shapes\": on 128 pictures from fresh noise, and "
+                     "shares of the film's 32 pictures"}
+FIGURES = ("samples.png", "prompt_alignment.png", "prompt_alignment_film.png",
+           "overoptimization_noise.png", "overoptimization_writing.png",
+           "overoptimization_writing_curves.png")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,9 @@ def main(argv=None):
         for name, script in CHAPTERS.items():
             measure_chapter(name, script, Path(config.out))
         measure_sweep(Path(config.out))
-        measure_quick_tour(Path(config.out))
+        measure_evaluation(Path(config.out), "eval_quick", ["05_eval.py", "--quick"])
+        measure_claims(measure_evaluation(Path(config.out), "eval_default", ["05_eval.py"]))
+        measure_slides(Path(config.out))
     render(HERE / "README.md")
 
 
@@ -77,18 +90,82 @@ def measure_sweep(out):
     write(HERE / "dpok_sweep.csv", TITLES["dpok_sweep"], "python experiments/sweep.py", (0,), rows)
 
 
-def measure_quick_tour(out):
-    folder = out / "quick"
+def measure_evaluation(out, name, command):
+    """Chapter 5's table: the columns that its text speaks of."""
+    folder = out / name
     if not (folder / "table.csv").is_file():
-        commands.start(["05_eval.py", "--quick", "--out", str(folder)])
+        commands.start([*command, "--out", str(folder)])
     models = {}
     for cell in tables.read_csv(folder / "table.csv"):
-        if cell["column"] in ("reward", "gold", "gold unseen", "path_kl", "diversity"):
+        if cell["column"] in ("reward", "gold", "gold bias", "gold unseen", "path_kl", "diversity"):
             row = models.setdefault(cell["model"], {"model": cell["model"]})
             row[cell["column"]] = round(float(cell["mean"]), 4)
             row[cell["column"] + " error"] = round(float(cell["standard_error"]), 4)
     rows = list(models.values())
-    write(HERE / "eval_quick.csv", TITLES["eval_quick"], "python 05_eval.py --quick", (0,), rows)
+    write(HERE / f"{name}.csv", TITLES[name], "python " + " ".join(command), (0,), rows)
+    return folder
+
+
+def measure_claims(folder):
+    """What chapter 5 says of the slides' claims, and its figures."""
+    rows = []
+    for row in tables.read_csv(folder / "claims.csv"):
+        for name in ("mean", "low", "high"):
+            row[name] = round(float(row[name]), 4)
+        rows.append(row)
+    write(HERE / "eval_claims.csv", TITLES["eval_claims"], "python 05_eval.py", (0,), rows)
+    for name in ("queries", "same_seeds"):
+        shutil.copy(folder / f"{name}.png", HERE / "figures" / f"eval_{name}.png")
+
+
+def measure_slides(out):
+    """The slides' pictures: DDPO's samples, prompt alignment, noise, and a model that writes."""
+    command = ["experiments/samples.py"]
+    commands.start([*command, "--out", str(out)])
+    rows = [row_of_run(out / f"samples_{reward}") for reward in samples.REWARDS]
+    write(HERE / "samples.csv", TITLES["samples"], "python " + " ".join(command), (0,), rows)
+
+    command = ["experiments/prompt_alignment.py"]
+    commands.start([*command, "--out", str(out)])
+    families = prompt_alignment.family_of_prompts(prompt_alignment.Config())
+    rows = []
+    for family, (_, means) in prompt_alignment.read_curves(
+            out / "prompt_alignment", families).items():
+        rows.append({"family": family, "first round": round(means[0], 4),
+                     "last four rounds": round(means[-1], 4)})
+    write(HERE / "prompt_alignment.csv", TITLES["prompt_alignment"],
+          "python " + " ".join(command), (0,), rows)
+
+    command = ["experiments/overoptimization.py", "--only", "writing"]
+    commands.start([*command, "--out", str(out)])
+    rows = []
+    for beta in overoptimization.WRITING_BETAS:
+        folder = out / f"overoptimization_writing_beta_{beta:g}"
+        prompts, frames = runs.read_film(folder)
+        frames = list(frames.values())
+        row = {"beta": beta} | row_of_run(folder)
+        for name, images in (("before", frames[0]), ("after", frames[-1])):
+            asked_for, some = overoptimization.written_shares(images, prompts)
+            row |= {f"number written {name}": round(asked_for, 2), f"any digit {name}":
+                    round(some, 2)}
+        rows.append(row)
+    write(HERE / "writing.csv", TITLES["writing"], "python " + " ".join(command), (0,), rows)
+
+    commands.start(["experiments/overoptimization.py", "--only", "noise", "--out", str(out)])
+    for name in FIGURES:
+        shutil.copy(out / name, HERE / "figures" / name)
+    shutil.copy(out / "sweep.png", HERE / "figures" / "dpok_sweep.png")
+
+
+def row_of_run(folder):
+    """What a run was before and after training, on fresh noise, and what it gained."""
+    summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    row = {"run": folder.name, "queries": summary["queries"]}
+    for column in ("reward", "gold", "kl"):
+        if column in summary:
+            for part in ("before", "after", "gain", "gain_se"):
+                row[f"{column} {part}"] = round(summary[column][part], 4)
+    return row
 
 
 def write(path, title, command, seeds, rows):

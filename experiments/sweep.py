@@ -12,7 +12,7 @@ that was made with other settings. Flags behind a lone -- are passed on to chapt
 
     python experiments/sweep.py --betas 0 0.01 0.1 --name short -- --rounds 10 --prompts tasks
 
-EXPECT the path KL at β = 0 to be some four times that at chapter 4's β, for the same gold.
+EXPECT the path KL at β = 0 to be several times that at chapter 4's β, for the same gold.
 WRITES runs/sweep_beta_B/ for each β (run folders as chapter 4's) and the plot runs/sweep.png.
 """
 import json

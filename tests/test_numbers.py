@@ -33,7 +33,7 @@ def test_a_docstring_quotes_one_number_at_most_and_it_was_measured(file):
 
 
 def test_numbers_in_readmes_findings_were_measured_and_an_invented_one_is_found():
-    words = quoted(read(ROOT / "README.md").split("## Three findings")[1].split("\n## ")[0])
+    words = quoted(read(ROOT / "README.md").split("## Four findings")[1].split("\n## ")[0])
     assert words and [word for word in words if not is_measured(word)] == []
     assert quoted("a gain of 0.2801, `--beta 0.1`, v1.5, −1.23 and 3841 (https://x.y/123)") == [
         "0.2801", "-1.23", "3841"]
@@ -67,3 +67,27 @@ def test_each_row_of_a_csv_file_is_of_its_own_run(tmp_path, monkeypatch):
     assert [dict(zip(names, map(float, row))) for row in rows] == [
         {"seed": seed, "queries": 7, "seconds": 3, "reward before": seed, "reward after": 10 + seed,
          "reward gain": 10, "reward gain_se": seed / 2} for seed in results.SEEDS]
+
+
+def test_a_runs_row_has_its_ends_and_what_it_gained(tmp_path):
+    results = import_module("experiments.results")
+    gold = {"before": 0.5, "after": 0.75, "after_se": 0.1, "gain": 0.25, "gain_se": 0.01}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"queries": 7, "gold": gold}))
+    assert results.row_of_run(tmp_path) == {
+        "run": tmp_path.name, "queries": 7, "gold before": 0.5, "gold after": 0.75,
+        "gold gain": 0.25, "gold gain_se": 0.01}
+
+
+def test_an_evaluations_rows_are_of_its_own_models_and_columns(tmp_path, monkeypatch):
+    results = import_module("experiments.results")
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    (tmp_path / "eval_quick").mkdir()
+    cells = [{"model": model, "column": column, "mean": k + 0.5, "standard_error": k / 8}
+             for k, (model, column) in enumerate([("A", "reward"), ("A", "aesthetic"),
+                                                  ("B", "gold"), ("B", "reward")])]
+    results.tables.write_csv(tmp_path / "eval_quick" / "table.csv", cells)
+    results.measure_evaluation(tmp_path, "eval_quick", ["05_eval.py", "--quick"])
+    head, lines = results.read(tmp_path / "eval_quick.csv")
+    assert head["command"] == "python 05_eval.py --quick"
+    assert lines == [["model", "reward", "reward error", "gold", "gold error"],
+                     ["A", "0.5", "0.0", "", ""], ["B", "3.5", "0.375", "2.5", "0.25"]]
