@@ -13,21 +13,21 @@ from tests import oracles
 COMMON = ("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval-samples 5 "
           f"--seed 3 --weight-decay 1 --reward {oracles.__file__}:warmth")
 RUNS = {  # name: (script, its flags)
-    "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 500 --batch-size 5"),
-    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 500 "
+    "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 1000 --batch-size 5"),
+    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 280 "
            "--advantage-clip 1.2"),
     "is_running": ("03_ddpo", "--baseline running --ratio per_dim --clip-range 0.03 --eta 0.7 "
                    "--timestep-fraction 0.5 --guidance-scale 2 --step-weight none "
-                   "--prompts-per-round 1 --samples-per-prompt 8 --max-grad-norm 3 "
+                   "--prompts-per-round 1 --samples-per-prompt 8 --max-grad-norm 18 "
                    "--learning-rate 3e-5"),
     "is_lora": ("03_ddpo", "--lora-rank 2 --prompts-per-round 2 --updates-per-round 3 "
-                "--learning-rate 1e-2 --rounds 3 --max-grad-norm 2.2 --film-pictures 2"),
+                "--learning-rate 1e-2 --rounds 3 --max-grad-norm 9 --film-pictures 2"),
     "dpok_value": ("04_dpok", "--lora-rank 2 --prompts-per-round 2 --rounds 4 --value-rounds 2 "
                    "--alpha 2 --beta 0.05 --eta 0.8 --num-steps 3 --max-grad-norm 590 "
                    "--film-pictures 1"),
     "dpok_all": ("04_dpok", "--lora-rank 0 --no-value --ratio per_dim --clip-range 0.004 "
                  "--timestep-fraction 0.5 --prompts-per-round 1 --samples-per-prompt 5 "
-                 "--guidance-scale 1.5 --learning-rate 3e-5 --beta 0.5 --max-grad-norm 19"),
+                 "--guidance-scale 1.5 --learning-rate 3e-5 --beta 0.5 --max-grad-norm 6.9"),
 }
 PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
