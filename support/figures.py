@@ -1,28 +1,28 @@
-"""How the chapters' pictures and curves are drawn, and the page that shows an evaluation.
+"""How the chapters' pictures and curves are drawn.
 
 Nothing here is about learning; skip it on a first reading. Numbers come in as the chapters worked
 them out, and leave as PNG files.
 """
-import base64
-import html
+import math
 import textwrap
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
-from support import tables, training
+from support import page, tables, training
 
 
-def sheet(path, rows, row_names, column_names=None, titles=None, captions=None):
+def sheet(path, rows, row_names, column_names=None, titles=None, captions=None, inches=1.1):
     """A grid of pictures. rows: lists of PIL pictures, all equally long.
 
     Names stand left of each row and above each column; titles and captions, lists of lists as rows
-    is, above and below each picture.
+    is, above and below each picture. inches: of a picture; the smaller, the larger the names.
     """
     R, C = len(rows), len(rows[0])
-    size = (1.25 * C + 1, 1.8 * R) if captions else (1.1 * C + 1.2, 1.1 * R + 0.4)
+    size = (1.25 * C + 1, 1.8 * R) if captions else (inches * C + 1.2, inches * R + 0.4)
     figure = Figure(figsize=size, dpi=120, layout="constrained" if captions else "compressed")
     for i, ax in enumerate(figure.subplots(R, C, squeeze=False).flat):
         r, c = divmod(i, C)
@@ -31,7 +31,7 @@ def sheet(path, rows, row_names, column_names=None, titles=None, captions=None):
         if titles:
             ax.set_title(titles[r][c], size=9)
         elif r == 0:
-            ax.set_title(wrapped(column_names[c]), size=7)
+            ax.set_title(wrapped(column_names[c], round(16.5 * inches)), size=7)
         if captions:
             ax.set_xlabel(wrapped(captions[r][c]), size=6)
         if c == 0:
@@ -119,6 +119,46 @@ def sweep(path, rows, names):
     figure.savefig(path)
 
 
+def frontier(path, curve, best, runs, names):
+    """Columns against KL: a curve ± s.e., best of n, and runs at the bound that path KL is.
+
+    curve, best: lines of the CSV files; runs: label -> (mean, s.e.) of reward, of gold and of KL;
+    names: the titles of reward and gold.
+    """
+    figure = Figure(figsize=(9, 4.2 + 0.08 * len(runs)), dpi=120, layout="constrained")
+    for i, (ax, key) in enumerate(zip(figure.subplots(1, 2), ("reward", "gold"))):
+        x, y, error = ([row[column] for row in curve] for column in ("kl", key, key + "_se"))
+        low = [mean - se for mean, se in zip(y, error)]
+        high = [mean + se for mean, se in zip(y, error)]
+        ax.fill_between(x, low, high, alpha=0.25, color="black", lw=0)
+        ax.plot(x, y, lw=1, color="black", label="pretrained, weighted by exp(r/β)/Z")
+        if key == "reward":  # concave, with the slope β: nothing is above its last tangent either
+            far = max(x[-1], best[-1]["kl_bound"])
+            ax.plot([x[-1], far], [y[-1], y[-1] + curve[-1]["beta"] * (far - x[-1])], "k:", lw=1,
+                    label="tangent at its end: a bound too")
+        ax.errorbar([row["kl_bound"] for row in best], [row[key] for row in best],
+                    [row[key + "_se"] for row in best], fmt=".", capsize=2, elinewidth=0.7,
+                    color="tab:red", label="best of n, at its upper bound of KL; n beside it")
+        for row in best:
+            ax.annotate(f"{row['n']:.0f}", (row["kl_bound"], row[key]), size=6, xytext=(3, -8),
+                        textcoords="offset points", color="tab:red")
+        for label, ends in runs.items():  # the tip points to where the pictures' KL lies
+            (mean, error), (kl, kl_error) = ends[i], ends[2]
+            ax.errorbar(kl, mean, error, kl_error, fmt="<", ms=5, capsize=2, elinewidth=0.7,
+                        label=f"{label}, at path KL")
+        ax.set(xlabel="KL to the pretrained model, nats")
+        ax.set_title(names[i], size=10)
+        ax.set_xscale("asinh", linear_width=0.5)
+        ax.xaxis.set_major_locator(FixedLocator([0, 0.3, 1, 3, 10, 30, 100, 300, 1000]))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.set_xlim(left=-0.05)
+        ax.grid(alpha=0.3)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=7, ncols=2, loc="outside lower center")
+    figure.savefig(path)
+
+
 def bounds(path, sides):
     """Lemma 4.2's two sides. sides: T -> list of (KL of x_0, sum of step KLs), in nats."""
     figure = Figure(figsize=(5, 4), dpi=120, layout="constrained")
@@ -137,40 +177,62 @@ def bounds(path, sides):
 
 
 def titled(figure, path, title):
-    figure.suptitle(title, size=10)
+    """Saves a figure under a title that is broken where the figure ends."""
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), size=10)
     figure.savefig(path)
 
 
 def frame(path, source, title):
     """A finished picture, under the title that every figure of the evaluation has."""
     picture = Image.open(source)
-    figure = Figure(figsize=(picture.width / 120, picture.height / 120 + 0.4), dpi=120)
-    ax = figure.add_axes([0, 0, 1, picture.height / (picture.height + 48)])
+    width, height = picture.width / 120, picture.height / 120
+    figure = Figure(figsize=(width, height + 0.5), dpi=120)
+    ax = figure.add_axes([0, 0, 1, height / (height + 0.5)])
     ax.imshow(picture)
     ax.axis("off")
     titled(figure, path, title)
 
 
-def bars(path, panels, title):
-    """Bars with error bars (DPOK, Figure 3a, b). panels: name -> {model: (mean, s.e., ...)}."""
-    figure = Figure(figsize=(3 * len(panels), 3), dpi=100, layout="constrained")
-    for ax, (name, models) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
-                                  panels.items()):
-        ax.bar(range(len(models)), [v[0] for v in models.values()],
-               yerr=[v[1] for v in models.values()], capsize=3, color="tab:blue")
-        ax.set_xticks(range(len(models)), [textwrap.fill(model, 20) for model in models],
-                      rotation=40, ha="right", size=8)
-        ax.set_title(name, size=9)
-        ax.axhline(0, lw=0.5, color="black")
+def dots(path, panels, title):
+    """Dots with error bars (DPOK, Figure 3a, b): a panel a measure, a line a model.
+
+    panels: name -> {model: {group: (mean, s.e., ...)}}. A group has a color and a marker of its
+    own, and a dotted line through its first model.
+    """
+    names = list(dict.fromkeys(model for models in panels.values() for model in models))
+    R = math.ceil(len(panels) / 2)
+    height = R * (0.17 * len(names) + 0.5) + 0.7
+    figure = Figure(figsize=(3.6, height), dpi=200, layout="constrained")  # as wide as a phone
+    axes, handles = figure.subplots(R, 2, sharey=True, squeeze=False).flat, {}
+    for ax, (name, models) in zip(axes, panels.items()):
+        groups = list(next(iter(models.values())))
+        for k, group in enumerate(groups):
+            stats = {model: values[group] for model, values in models.items()}
+            y = [names.index(model) + 0.4 * (k - (len(groups) - 1) / 2) for model in stats]
+            means, errors = [v[0] for v in stats.values()], [v[1] for v in stats.values()]
+            handles[group] = ax.errorbar(means, y, xerr=errors, fmt="os^v"[k % 4], ms=4,
+                                         capsize=2, lw=1.2, color=f"C{k}")
+            ax.axvline(means[0], lw=0.8, ls=":", color=f"C{k}")
+        ax.set_title(wrapped(name, 22), size=8)
+        ax.set_yticks(range(len(names)), [wrapped(name, 20) for name in names], size=8)
+        ax.set_ylim(len(names) - 0.5, -0.5)  # the first model on top
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.tick_params(axis="x", labelsize=7)
+        ax.grid(axis="x", alpha=0.3)
+    for ax in figure.axes[len(panels):]:  # a place without a panel
+        ax.set_axis_off()
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles, fontsize=8, ncol=len(handles),
+                      loc="outside lower center")
     titled(figure, path, title)
 
 
 def queries(path, runs, name, title):
     """A line for each model, band: s.d. of seeds. runs: model -> queries (R,), rewards (S,R)."""
-    figure = Figure(figsize=(5.5, 3.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.9, 3.6), dpi=200, layout="constrained")
     ax = figure.subplots()
-    for model, (x, y) in runs.items():
-        line, = ax.plot(x, y.mean(0), label=model)
+    for k, (model, (x, y)) in enumerate(runs.items()):
+        line, = ax.plot(x, y.mean(0), ("-", "--", "-.", ":")[k % 4], label=model)
         if len(y) > 1:
             ax.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.12,
                             color=line.get_color())
@@ -208,34 +270,10 @@ def overoptimization(path, runs, names, title):
     titled(figure, path, title)
 
 
-def groups(path, models, name, title):
-    """Bars side by side. models: name -> {group: (mean, s.e.)}, the same groups for all."""
-    figure = Figure(figsize=(9, 3.2), dpi=100, layout="constrained")
-    ax, width = figure.subplots(), 0.8 / len(models)
-    for k, (model, stats) in enumerate(models.items()):
-        ax.bar([i + (k + 0.5) * width - 0.4 for i in range(len(stats))],
-               [m for m, _ in stats.values()], width, yerr=[e for _, e in stats.values()],
-               label=model)
-    ax.set_xticks(range(len(stats)), list(stats), size=8)
-    ax.set_ylabel(name)
-    ax.margins(y=0.15)  # room for the legend
-    ax.legend(fontsize=7, ncol=len(models))
-    titled(figure, path, title)
-
-
-CAPTIONS = {
-    "same_seeds": "Same noise in each column (DPOK, Figure 2): one row a model. Only best of n "
-                  "chose, from that noise and others.",
-    "scores": "Mean ± standard error of the proxy and of what it does not know (DPOK, Figure 3).",
-    "queries": "Reward of freshly drawn pictures against reward queries (DDPO's curves).",
-    "generalization": "Gold on the prompts that were trained on (seen) and on combinations that no "
-                      "training saw (unseen)."}
-
-
 def evaluation(config, requests, rows, summaries, images, claims, curves):
-    """Chapter 5's figures, and index.html, which shows them with the table and the claims."""
+    """Chapter 5's figures, and index.html, which shows them with the findings and the numbers."""
     out = Path(config.out)
-    for name in CAPTIONS:  # an earlier call's must not end up on this one's page
+    for name in page.CAPTIONS:  # an earlier call's must not end up on this one's page
         (out / f"{name}.png").unlink(missing_ok=True)
     note = "QUICK TOUR, far too little training: " if config.quick else ""
     draw_same_seeds(out / "same_seeds.png", requests, images, note)
@@ -243,10 +281,7 @@ def evaluation(config, requests, rows, summaries, images, claims, curves):
     draw_generalization(out / "generalization.png", rows, config, note)
     if curves:
         draw_queries(out / "queries.png", curves, config, note)
-    headline = (f"{'Measured' if config.runs else 'Trained on'}: {config.reward}; meant: "
-                f"{config.gold}. Mean ± standard error.")
-    page(out / "index.html", tables.summary_table(summaries), tables.claim_lines(claims),
-         CAPTIONS, f"<p>{note}{headline}</p>")
+    page.write(config, summaries, claims)
 
 
 def draw_same_seeds(path, requests, images, note):
@@ -258,35 +293,34 @@ def draw_same_seeds(path, requests, images, note):
             shown.append(i)
     shown = shown[:12]
     grid = [[pictures[i] for i in shown] for pictures in images.values()]
-    sheet(path, grid, list(images), [requests[i]["prompt"] for i in shown])
+    sheet(path, grid, list(images), [requests[i]["prompt"] for i in shown], inches=0.66)
     frame(path, path, note + "The same noise in each column")
 
 
 def draw_scores(path, summaries, config, note):
     """A panel each for proxy, gold, the first other reward and diversity."""
-    titles = {"reward": f"reward: {config.reward}", "gold": f"gold: {config.gold}"}
     panels = {}
     for column in ("reward", "gold", *config.others[:1], "diversity"):
         models = {}
         for model, summary in summaries.items():
             if column in summary:
-                models[model] = summary[column]
+                models[model] = {"seen": summary[column]}
         if models:
-            panels[titles.get(column, column)] = models
-    bars(path, panels, note + "Mean ± standard error on the seen prompts")
+            panels[tables.title(column, config)] = models
+    dots(path, panels, note + "Mean ± standard error on the seen prompts")
 
 
 def draw_generalization(path, rows, config, note):
     """Gold by family, on seen and on unseen prompts."""
-    models = {}
+    panels = {}
     for model, found in rows.items():
         if model.startswith("best of"):  # which has no picture of an unseen prompt
             continue
-        models[model] = {}
         for family, split in dict.fromkeys((row["family"], row["split"]) for row in found):
             gold = tables.picture_means(found, "gold", split, family)
-            models[model][f"{family}\n{split}"] = training.mean_se(gold)
-    groups(path, models, config.gold, note + "Seen prompts, and combinations that no training saw")
+            panel = panels.setdefault(family, {}).setdefault(model, {})
+            panel[split] = training.mean_se(gold)
+    dots(path, panels, f"{note}{config.gold}: seen prompts, and combinations that no training saw")
 
 
 def draw_queries(path, curves, config, note, window=3):
@@ -302,25 +336,3 @@ def draw_queries(path, curves, config, note, window=3):
         lines[model] = x, y
     queries(path, lines, config.reward,
             note + "Reward against reward queries, mean of three rounds")
-
-
-def page(path, table, said, captions, note):
-    """One HTML file that needs no other: a Markdown table, sentences, and the figures beside it."""
-    cells = []
-    for line in table:
-        if not line.startswith("| ---"):
-            words = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
-            cells.append("".join(f"<td>{word}</td>" for word in words))
-    pictures = {name: base64.b64encode(path.with_name(f"{name}.png").read_bytes()).decode()
-                for name in captions if path.with_name(f"{name}.png").is_file()}
-    path.write_text(
-        "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>body{"
-        "font-family:sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{font-size:70%;"
-        "border-collapse:collapse}td{border:1px solid #ccc;padding:3px}img{max-width:100%}"
-        f".wide{{overflow-x:auto}}</style><h1>Who is better, at what price</h1>{note}"
-        "<div class=wide><table><tr>" + "</tr><tr>".join(cells)
-        + "</tr></table></div><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in said)
-        + "</ul>"
-        + "".join(f"<figure><img alt='{captions[name]}' src='data:image/png;base64,{data}'>"
-                  f"<figcaption>{captions[name]}</figcaption></figure>"
-                  for name, data in pictures.items()), encoding="utf-8")

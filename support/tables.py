@@ -1,5 +1,6 @@
 """Tables from rows: what a model's pictures have in common, as Markdown and as CSV files."""
 import csv
+import math
 from pathlib import Path
 
 import torch
@@ -52,24 +53,47 @@ def markdown(head, rows):
     return lines
 
 
+def columns_of(summaries):
+    """All columns that some model has, in the order in which they come."""
+    return list(dict.fromkeys(name for summary in summaries.values() for name in summary))
+
+
+def title(column, config):
+    """reward -> reward (image_reward): what a column is called above a figure."""
+    titles = {"reward": f"reward ({config.reward})", "gold": f"gold ({config.gold})"}
+    return titles.get(column, column)
+
+
+def counts(summaries, column):
+    """How many pictures a column's means are over: 50, or 12/50 where models differ."""
+    found = {summary[column][2] for summary in summaries.values() if column in summary}
+    return "/".join(map(str, sorted(found)))
+
+
+def decimals(summaries, column):
+    """As many as show one digit of the smallest standard error that counts, at most 3."""
+    errors = [summary[column][1] for summary in summaries.values() if column in summary]
+    errors = [error for error in errors if error > 0.01 * max(errors)]  # a KL of 0 has almost none
+    return min(3, max(0, -math.floor(math.log10(min(errors))))) if errors else 3
+
+
+def cell(model, column, summary, decimals=3):
+    """Mean ± standard error; a dash where nothing was measured, best of n's KL as a bound."""
+    if column not in summary:
+        return "–"
+    mean, error, _ = summary[column]
+    if column == "path_kl" and model.startswith("best of"):  # a bound, and not measured
+        return f"≤ {mean:.{max(decimals, 2)}f}"
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+
+
 def summary_table(summaries):
     """Model by column, mean ± standard error, N in the head.  -> lines of Markdown"""
-    columns = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
-    head = ["Model"]
-    for column in columns:
-        counts = {summary[column][2] for summary in summaries.values() if column in summary}
-        head.append(f"{column} (N = {'/'.join(map(str, sorted(counts)))})")
+    columns = columns_of(summaries)
+    head = ["Model", *(f"{column} (N = {counts(summaries, column)})" for column in columns)]
     rows = []
     for model, summary in summaries.items():
-        cells = [model]
-        for column in columns:
-            cell = "–"
-            if column in summary:
-                cell = "{:.3f} ± {:.3f}".format(*summary[column][:2])
-            if column == "path_kl" and model.startswith("best of"):  # a bound, and not measured
-                cell = "≤ {:.3f}".format(summary[column][0])
-            cells.append(cell)
-        rows.append(cells)
+        rows.append([model, *(cell(model, column, summary) for column in columns)])
     return markdown(head, rows)
 
 

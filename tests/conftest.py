@@ -1,8 +1,15 @@
 """`pytest --equations` prints which function holds which equation, and which tests check it."""
+import re
+import shutil
 from importlib import import_module
 from operator import attrgetter
 
 import pytest
+
+try:
+    from selenium import webdriver
+except ImportError:
+    webdriver = None
 
 
 def pytest_addoption(parser):
@@ -37,3 +44,24 @@ def formula_of(dotted):
 def pipe():
     """The tiny model, loaded once: for tests that change nothing of it."""
     return import_module("support.models").load_pipeline("tiny_sd", "cpu")
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """A headless browser; whatever a test does, its page must be quiet: no error, no request."""
+    program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in (webdriver, program, driver_program):
+        pytest.skip("needs Chromium, chromedriver and Selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver_program)) as driver:
+        yield driver
+        assert driver.get_log("browser") == []
+        requests = [entry["message"] for entry in driver.get_log("performance")
+                    if "Network.requestWillBeSent" in entry["message"]]
+        assert requests and not re.search(r'"url":"(http|ws)', "".join(requests))

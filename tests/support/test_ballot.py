@@ -3,7 +3,6 @@ import base64
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +11,10 @@ from PIL import Image
 from support import ballot
 
 try:
-    from selenium import webdriver
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.wait import WebDriverWait
 except ImportError:
-    webdriver = None
+    pass  # the fixture chromium skips the tests that need them
 
 NAMES = ("tuned", "plain")
 BEFORE_LOAD = "Page.addScriptToEvaluateOnNewDocument"
@@ -204,24 +202,8 @@ class Page:
 
 
 @pytest.fixture
-def browser(tmp_path):
-    program, driver_program = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in (webdriver, program, driver_program):
-        pytest.skip("needs Chromium, chromedriver and Selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync"):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver_program)) as driver:
-        yield Page(driver, tmp_path)
-        # Whatever a test did, the page must have been quiet: no error, no request.
-        assert driver.get_log("browser") == []
-        requests = [entry["message"] for entry in driver.get_log("performance")
-                    if "Network.requestWillBeSent" in entry["message"]]
-        assert requests and not re.search(r'"url":"(http|ws)', "".join(requests))
+def browser(chromium, tmp_path):
+    return Page(chromium, tmp_path)
 
 
 def test_a_rater_from_the_first_click_to_the_file_and_the_next_one(browser, tmp_path):

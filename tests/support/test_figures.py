@@ -1,5 +1,4 @@
 """What the figures show: read back from the axes, before they become pixels."""
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -98,16 +97,32 @@ def test_overoptimization_marks_the_stop(axes):
         assert points(ax) == [[(k, rows[k][key]) for k in range(3)], [(1, rows[1][key])]]
 
 
+def dots(ax):
+    """(model, group's marker, mean, low, high) of each dot of a panel."""
+    found = []
+    for line, _, (bars,) in ax.containers:
+        for x, y, (left, right) in zip(*line.get_data(), bars.get_segments(), strict=True):
+            assert left[1] == right[1] == y
+            (model,) = ax.yaxis.get_major_formatter().format_ticks([round(y)])
+            values = [round(float(v), 3) for v in (x, left[0], right[0])]
+            found.append((model, line.get_marker(), *values))
+    return found
+
+
 def test_scores_have_a_panel_a_measure_with_its_own_numbers(axes):
     columns = ("reward", "gold", "a", "b", "diversity")
     summaries = {}
     for k, model in enumerate(("A", "B")):
         summaries[model] = {name: (10.0 * k + i, 0.5, 9) for i, name in enumerate(columns)}
-    del summaries["B"]["diversity"]
+    del summaries["A"]["diversity"]
     figures.draw_scores("s", summaries, CONFIG, "")
-    found = {ax.get_title(): [bar.get_height() for bar in ax.patches] for ax in axes["s"]}
-    assert found == {"reward: r": [0, 10], "gold: g": [1, 11], "a": [2, 12], "diversity": [4]}
-    assert spans(axes["s"][0]) == [(0, -0.5, 0.5), (1, 9.5, 10.5)]
+    found = {ax.get_title(): dots(ax) for ax in axes["s"]}
+    assert found == {
+        "reward (r)": [("A", "o", 0, -0.5, 0.5), ("B", "o", 10, 9.5, 10.5)],
+        "gold (g)": [("A", "o", 1, 0.5, 1.5), ("B", "o", 11, 10.5, 11.5)],
+        "a": [("A", "o", 2, 1.5, 2.5), ("B", "o", 12, 11.5, 12.5)],
+        "diversity": [("B", "o", 14, 13.5, 14.5)]}
+    assert axes["s"][0].get_ylim() == (1.5, -0.5)  # the first model on top
 
 
 def test_generalization_is_gold_by_family_and_split_a_picture_of_two_seeds_counted_once(axes):
@@ -118,10 +133,29 @@ def test_generalization_is_gold_by_family_and_split_a_picture_of_two_seeds_count
             rows.append({"picture": i, "family": family, "split": split, "reward": 99.0,
                          "gold": gold[family, split] + 0.2 * (i > 2) + seed})
     figures.draw_generalization("g", {"A": rows, "B": rows[:6], "best of 3": rows[:2]}, CONFIG, "")
-    (ax,) = axes["g"]
-    heights = [bar.get_height() for bar in ax.patches]
-    assert heights == pytest.approx([6.1, 7.1, 9.1, 1.1, 2.1, 4.1])
-    assert [high - low for _, low, high in spans(ax)] == pytest.approx([0.2] * 6)  # ± s.d./√2
+    x, y = axes["g"]
+    assert (x.get_title(), y.get_title()) == ("x", "y")
+    assert dots(x) == [("A", "o", 6.1, 6, 6.2), ("B", "o", 1.1, 1, 1.2),  # ± s.d./√2
+                       ("A", "s", 9.1, 9, 9.2), ("B", "s", 4.1, 4, 4.2)]
+    assert dots(y) == [("A", "o", 7.1, 7, 7.2), ("B", "o", 2.1, 2, 2.2)]
+    (legend,) = x.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["seen", "unseen"]
+
+
+def test_no_title_is_cut_off(axes, tmp_path):
+    title = "QUICK TOUR, far too little training: the mean and the standard error of everything"
+    Image.new("RGB", (400, 90)).save(tmp_path / "p.png")
+    figures.frame("f", tmp_path / "p.png", title)
+    figures.dots("d", {"m": {"A": {"seen": (0.0, 1.0)}}}, title)
+    figures.queries("q", {"A": ([1, 2], torch.ones(1, 2))}, "r", title)
+    for path in "fdq":
+        figure = axes[path][0].figure
+        figure.draw_without_rendering()
+        (text,) = figure.texts
+        assert text.get_text().split() == title.split()
+        box, page = text.get_window_extent(), figure.bbox
+        assert 0 < box.x0 and box.x1 < page.x1 and box.y1 < page.y1
+        assert box.y0 > axes[path][0].get_window_extent().y1
 
 
 def test_queries_are_means_of_seeds_over_the_latest_three_rounds(axes):
@@ -141,7 +175,7 @@ def test_queries_are_means_of_seeds_over_the_latest_three_rounds(axes):
 
 def test_same_seeds_show_two_seen_pictures_of_each_family_a_row_a_model(monkeypatch):
     calls = []
-    monkeypatch.setattr(figures, "sheet", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(figures, "sheet", lambda *arguments, inches: calls.append(arguments))
     monkeypatch.setattr(figures, "frame", lambda *arguments: None)
     asked = [{"family": family, "split": "seen" if i < 6 else "unseen", "prompt": f"p{i}"}
              for i, family in enumerate("xxxyyyxy")]
@@ -149,15 +183,3 @@ def test_same_seeds_show_two_seen_pictures_of_each_family_a_row_a_model(monkeypa
     figures.draw_same_seeds("s", asked, images, "")
     grid = [["A0", "A1", "A3", "A4"], ["B0", "B1", "B3", "B4"]]
     assert calls == [("s", grid, ["A", "best of 2"], ["p0", "p1", "p3", "p4"])]
-
-
-def test_page_puts_each_caption_under_its_figure(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.png").write_text(name)
-    figures.page(tmp_path / "i.html", ["| a | b |", "| --- | --- |", "| 1 | x&y |"], ["c<d"],
-                 dict(one="First.", two="Second.", missing="Third."), "<p>note</p>")
-    text = (tmp_path / "i.html").read_text(encoding="utf-8")
-    found = re.findall(r"base64,([^']*)'><figcaption>([^<]*)<", text)
-    assert found == [("b25l", "First."), ("dHdv", "Second.")]
-    for part in ("<td>1</td><td>x&amp;y</td>", "<li>c&lt;d</li>", "<p>note</p>"):
-        assert part in text

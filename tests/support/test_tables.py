@@ -1,4 +1,6 @@
 """Tables and CSV files from made-up rows, cell by cell."""
+import math
+
 from support import tables
 
 
@@ -20,6 +22,17 @@ def test_summary_table_has_a_dash_where_nothing_was_measured_and_a_bound_for_bes
         "| Model | gold (N = 4/9) | path_kl (N = 4/9) | late (N = 2) |",
         "| --- | --- | --- | --- |", "| A | 0.123 ± 0.010 | 2.000 ± 0.500 | – |",
         "| best of 3 | 1.000 ± 0.250 | ≤ 0.432 | 7.000 ± 1.000 |"]
+
+
+def test_a_number_has_as_many_digits_as_its_error_knows():
+    def decimals(*errors):
+        return tables.decimals({f"{e}": {"m": (1.0, e, 9)} for e in errors}, "m")
+
+    assert [decimals(0.04), decimals(0.2, 0.013), decimals(3.0, 20.0)] == [2, 2, 0]
+    assert [decimals(1.1, 1e-7, 0.2), decimals(1e-5)] == [1, 3]
+    assert [decimals(0.0), decimals(math.nan)] == [3, 3]
+    assert tables.cell("A", "m", {"m": (0.126, 0.04, 9)}, 2) == "0.13 ± 0.04"
+    assert tables.cell("best of 3", "path_kl", {"path_kl": (0.432, 0.0, 9)}, 1) == "≤ 0.43"
 
 
 def test_claim_lines_say_who_in_what_and_by_how_much():
