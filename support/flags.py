@@ -28,6 +28,7 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "lora_rank": (0, math.inf),
     "max_grad_norm": (TINY, math.inf),
     "num_steps": (1, 1000),
+    "pictures": (100, math.inf),
     "prompts_per_family": (1, math.inf),
     "prompts_per_round": (1, math.inf),
     "rounds": (1, math.inf),

@@ -1,0 +1,233 @@
+"""How much reward can a nat of KL buy at most? The frontier, and who is how near to it.
+
+Of all distributions of pictures that are equally far from the pretrained one, the tilted one has
+the highest mean reward: pretrained pictures, weighted by their reward. So one large set of
+pretrained pictures, weighted with one β after the other, draws a curve that no method can beat.
+
+    p_β(x_0) = p_pre(x_0)·exp(r/β)/Z,  Z = E_pre[exp(r/β)],  w = p_β/p_pre = exp(r/β)/Z
+    reward = E_pre[w·r],  KL(p_β ‖ p_pre) = E_pre[w·log w] = reward/β − log Z
+
+On the same axes stand best of n, at KL ≤ log n − (n−1)/n, and finished runs at their path KL, an
+upper bound of the KL of their pictures (Lemma 4.2): their true place lies further left, but not
+left of the curve. Best of n may choose x_T; training cannot, so even the best training stays under
+the curve. But best of n pays n reward queries for every picture that it delivers. The second panel
+has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
+
+RUN `python experiments/frontier.py --runs runs/sweep_beta_*`: some minutes on two CPU cores. What
+is drawn is kept block by block, so it can be stopped anywhere and goes on from there.
+EXPECT best of n close under the curve, and the runs far to its right.
+WRITES frontier.csv, best_of_n.csv and frontier.png in --out, beside the cache pictures.csv. Errors
+are standard errors by a bootstrap over pictures, the curve's at equal KL. A small β rests on few
+pictures: where fewer than 50 effective ones are left, ESS = (Σ w)²/Σ w², the curve ends. It is
+concave and its slope is β, so its last tangent (dotted) is still a bound.
+"""
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import commands, figures, flags, models, runs, tables, training  # noqa: E402
+from support.prompts import get_prompts  # noqa: E402
+
+mdp = import_module("01_mdp")  # rollout
+rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
+dpok = import_module("04_dpok")  # evaluate
+ev = import_module("05_eval")  # best_of_n_kl
+
+BLOCK = 256  # pictures drawn at once; their noise's address is (block, place in it)
+MIN_ESS = 50  # effective pictures, without which a point of the curve is not drawn
+NS = (1, 2, 4, 8, 16, 32, 64)
+BETAS = np.array([math.inf, *np.logspace(1.5, -1, 101)])  # in standard deviations of the reward
+
+
+@dataclass(frozen=True)
+class Config(rewards.RewardFlags):
+    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the hub
+    reward: str = "image_reward"  # the proxy, by which pictures are weighted
+    gold: str = "alignment"  # what is really meant
+    prompts: str = "bias"  # what to draw: one prompt, or a set with only one in it
+    pictures: int = 20000  # pretrained pictures that the curve is made from
+    runs: tuple[str, ...] = ()  # finished runs of the same prompt and reward, to stand beside it
+    eval_samples: int = 128  # pictures of a run whose evaluation.json has not this gold
+    num_steps: int = 10  # denoising steps T
+    eta: float = 1.0  # noise of a step: 1 is DDPM's
+    guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
+    batch_size: int = 64  # pictures per UNet call; memory, not result
+    seed: int = 0  # seed of all noise
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    out: str = "runs/frontier"  # folder of all that is written
+
+
+SAME = ("model", "reward", "prompts", "num_steps", "eta", "guidance_scale",
+        *(field.name for field in fields(rewards.RewardFlags)))  # of pictures and of all runs
+POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
+
+# ---- the mathematics ------------------------------------------------------------------------
+
+
+def tilted_weights(r, beta):
+    """w_i = exp(r_i/β) / mean_j exp(r_j/β) = p_β(x_i)/p_pre(x_i).   (N,), β -> (N,), mean 1"""
+    return len(r) * torch.softmax(r / beta, 0)
+
+
+def best_of_n_weights(r, n):
+    """w_i = N·(F(r_i)^n − F(r_i⁻)^n) / m_i: how much more often best of n shows picture i.
+
+    n draws with replacement from the N pictures. F(r_i), F(r_i⁻): share of pictures with a reward
+    up to r_i, and below it; the m_i pictures with that very reward share evenly. (N,), n -> (N,)
+    """
+    _, place, m = r.unique(return_inverse=True, return_counts=True)
+    last = m.cumsum(0).double()
+    return (len(r) * ((last / len(r))**n - ((last - m) / len(r))**n) / m)[place]
+
+
+def weights_kl(w):
+    """KL(w·p_pre ‖ p_pre) = E_pre[w·log w], in nats; 0·log 0 is 0.   (N,), mean 1 -> ()"""
+    return torch.special.xlogy(w, w).mean()
+
+
+def effective_pictures(w):
+    """ESS = (Σ w)² / Σ w²: of how many equally weighted pictures a mean is as noisy.  (N,) -> ()"""
+    return w.sum()**2 / w.square().sum()
+
+
+def points(r, g, weights):
+    """(E_pre[w·log w], E_pre[w·r], E_pre[w·g], ESS) of each w.   (N,), (N,), (N,)s -> (len, 4)"""
+    return torch.stack([torch.stack([weights_kl(w), (w * r).mean(), (w * g).mean(),
+                                     effective_pictures(w)]) for w in weights])
+
+
+def frontier(r, g, betas):
+    """The points of p_β for each β.  -> (betas, 4)"""
+    return points(r, g, [tilted_weights(r, beta) for beta in betas])
+
+
+def best_of_n(r, g):
+    """The points of the best of n by reward, for each n of NS.  -> (NS, 4)"""
+    return points(r, g, [best_of_n_weights(r, n) for n in NS])
+
+
+def bootstrap_errors(r, g, betas, seed, draws=200):
+    """s.e. of reward and gold: the curve's *at equal KL* (betas, 2), and best of n's (NS, 2).
+
+    At equal β a new set of pictures has another KL too, and slides mostly along the curve.
+    """
+    kl = frontier(r, g, betas)[:, 0]
+    stream, curves, best = training.random_stream(seed, "bootstrap"), [], []
+    for _ in tqdm(range(draws), "bootstrap", leave=False, delay=2):
+        chosen = torch.from_numpy(stream.integers(len(r), size=len(r)))
+        new_kl, new_r, new_g, _ = frontier(r[chosen], g[chosen], betas).T
+        curves.append(np.stack([np.interp(kl, new_kl, new_r), np.interp(kl, new_kl, new_g)], 1))
+        best.append(best_of_n(r[chosen], g[chosen])[:, 1:3].numpy())
+    return np.std(curves, 0, ddof=1), np.std(best, 0, ddof=1)
+
+
+def least_kl(curve, reward):
+    """min{KL : frontier(KL) = r}; above the curve's end that end's KL: a bound all the same."""
+    return np.interp(reward, [row["reward"] for row in curve], [row["kl"] for row in curve]).item()
+
+
+# ---- pictures and runs ----------------------------------------------------------------------
+
+
+def check(config):
+    """ValueError for what would fail only after the pictures are drawn.  -> label: run's folder"""
+    if len(get_prompts(config.prompts)) != 1:
+        raise ValueError(f"--prompts {config.prompts}: the frontier is that of one prompt")
+    labels, wanted = runs.labels(config.runs), {name: getattr(config, name) for name in SAME}
+    for folder in labels.values():
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if saved.get(name) != value:
+                raise ValueError(f"--runs {folder}: made with {flags.flag(name)} "
+                                 f"{saved.get(name)}, not {value}")
+    if Path(config.out, "pictures.csv").is_file():
+        of_noise = {"gold": config.gold, "seed": config.seed}
+        commands.check_settings(Path(config.out), wanted | of_noise)
+    return labels
+
+
+def draw_pictures(config, reward, gold):
+    """Reward and gold of pretrained pictures; draws the blocks that are missing.  -> (N,), (N,)"""
+    folder, path = Path(config.out), Path(config.out, "pictures.csv")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
+    rows, prompts = runs.read_rows(path), get_prompts(config.prompts) * BLOCK
+    pipe = models.load_pipeline(config.model, config.device)
+    first, end = len(rows) // BLOCK, math.ceil(config.pictures / BLOCK)
+    for k in tqdm(range(first, end), "pretrained pictures", end, initial=first, unit="block"):
+        images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "frontier", k)).images
+        r = rewards.score(reward, images, prompts, folder).tolist()
+        g = rewards.score(gold, images, prompts, folder).tolist()
+        rows += [{"reward": a, "gold": b} for a, b in zip(r, g)]
+        tables.write_csv(path.with_suffix(".part"), rows)
+        os.replace(path.with_suffix(".part"), path)  # a stop leaves the old file or the new one
+    numbers = [[row["reward"], row["gold"]] for row in rows[:config.pictures]]
+    r, g = torch.tensor(numbers, dtype=torch.float64).T
+    if not r.isfinite().all() or r.std() == 0:
+        raise ValueError(f"{path}: no curve from these rewards: all alike, or not finite")
+    return r, g
+
+
+def ends_of(folder, config, reward, gold):
+    """(mean, s.e.) of reward, of gold and of path KL of a finished run, on fresh noise."""
+    summary = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
+    names, prompts = ("reward", "gold", "kl"), get_prompts(config.prompts)
+    if summary.get("gold", {}).get("title") == f"gold: {config.gold}":
+        return [(summary[name]["after"], summary[name]["after_se"]) for name in names]
+    pipe, reference = models.load_run(folder, config.device)  # chapter 3's have no gold and no KL
+    found = dpok.evaluate(pipe, prompts, reward, gold, reference, config)
+    return [training.mean_se(found[name]) for name in names]
+
+
+def rows_of(names, *columns):
+    """Lines of a CSV file.  columns: (N,) or (N,K) each, that stand side by side."""
+    return [dict(zip(names, line, strict=True)) for line in np.column_stack(columns).tolist()]
+
+
+def print_table(curve, best, ends, config):
+    line = "{:32}{reward:10.3f} ± {reward_se:.3f}{gold:10.3f} ± {gold_se:.3f}"
+    print(f"\n{'KL, nats':32}{config.reward:>18}{config.gold:>18}")
+    for row in curve[::-10][::-1]:  # every tenth, the last one too
+        print(line.format(f"{row['kl']:.3f}, β = {row['beta']:.3g}", **row))
+    for row in best:
+        print(line.format(f"≤ {row['kl_bound']:.3f}, best of {row['n']:.0f}", **row))
+    for label, ((r, r_se), (g, g_se), (kl, _)) in ends.items():
+        bounds = f"{least_kl(curve, r):.3f} to {kl:.1f}, {label}"
+        print(line.format(bounds, reward=r, reward_se=r_se, gold=g, gold_se=g_se))
+
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    labels, out = check(config), Path(config.out)
+    reward = rewards.get_reward(config.reward, config, config.device)
+    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
+    r, g = draw_pictures(config, reward, gold)
+    ends = {label: ends_of(folder, config, reward, gold) for label, folder in labels.items()}
+
+    betas = BETAS * r.std().item()
+    errors, best_errors = bootstrap_errors(r, g, betas, config.seed)
+    curve = rows_of(("beta", *POINT), betas, frontier(r, g, betas), errors)
+    curve = [row for row in curve if row["ess"] >= MIN_ESS]
+    best = rows_of(("n", *POINT, "kl_bound", "queries"), NS, best_of_n(r, g), best_errors,
+                   [ev.best_of_n_kl(n) for n in NS], NS)
+    tables.write_csv(out / "frontier.csv", curve)
+    tables.write_csv(out / "best_of_n.csv", best)
+    print_table(curve, best, ends, config)
+    figures.frontier(out / "frontier.png", curve, best, ends, (
+        f"proxy: {config.reward} (nothing is above the curve)",
+        f"gold: {config.gold} (the curve is no bound)"))
+    print(f"frontier.csv, best_of_n.csv and frontier.png are in {out}")
+    return curve, best, ends
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,131 @@
+"""The frontier against closed forms, enumerated draws and other weights; its cache and refusals."""
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import frontier as fr
+from support import runs
+
+equation = pytest.mark.equation
+STREAM = np.random.default_rng(5)
+TINY = ["--reward", "alignment", "--gold", "incompressibility", "--num-steps", "2", "--pictures",
+        "100", "--out"]
+
+
+def normal(*shape):
+    return torch.from_numpy(STREAM.standard_normal(shape))
+
+
+@equation("frontier", "experiments.frontier.tilted_weights")
+@equation("effective sample size", "experiments.frontier.effective_pictures")
+@pytest.mark.parametrize("beta", [1.0, 2.0, math.inf])
+def test_tilted_gaussian_in_closed_form(beta):
+    """N(m, s²) tilted is N(m + s²/β, s²), at KL s²/2β²; gold's mean follows by its slope on r."""
+    m, s, r = -1.8, 0.7, -1.8 + 0.7 * normal(400_000)
+    ((kl, reward, gold, ess),) = fr.frontier(r, 0.3 * r + normal(len(r)), [beta]).tolist()
+    assert kl == pytest.approx(s**2 / (2 * beta**2), rel=0.02, abs=1e-12)
+    assert reward == pytest.approx(m + s**2 / beta, abs=0.006)
+    assert gold == pytest.approx(0.3 * (m + s**2 / beta), abs=0.008)
+    assert ess == pytest.approx(len(r) * math.exp(-(s**2) / beta**2), rel=0.02)
+
+
+@equation("KL of weights", "experiments.frontier.weights_kl")
+def test_kl_of_weights_is_its_definition_and_the_free_energy():
+    r, beta = normal(50), 0.3
+    w = fr.tilted_weights(r, beta)
+    by_hand = sum(p * math.log(p * 50) for p in (w / 50).tolist())
+    free_energy = (w * r).mean() / beta - (r / beta).exp().mean().log()
+    assert fr.weights_kl(w).item() == pytest.approx(by_hand, rel=1e-12)
+    assert fr.weights_kl(w).item() == pytest.approx(free_energy.item(), rel=1e-12)
+    assert fr.weights_kl(torch.tensor([0.0, 3.0, 0.0]).double()) == pytest.approx(math.log(3))
+    assert fr.effective_pictures(torch.tensor([3.0, 4.0, 0.0])) == pytest.approx(49 / 25)
+
+
+@equation("best of n", "experiments.frontier.best_of_n_weights")
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_best_of_n_by_enumerating_all_draws_with_ties(n):
+    r, g = torch.tensor([[2, 0, 2, 5, 2, 5], [9, 4, 1, 7, 3, 8]]).double()
+    share = torch.zeros(6).double()
+    for draws in product(range(6), repeat=n):
+        share[max(draws, key=r.__getitem__)] += 1 / 6**n  # the first of equals, as in chapter 5
+    w = fr.best_of_n_weights(r, n)
+    assert w.tolist() == pytest.approx((6 * share).tolist())
+    assert fr.weights_kl(w) <= fr.ev.best_of_n_kl(n)
+    point = fr.best_of_n(r, g)[fr.NS.index(n)].tolist()
+    assert point[1:3] == pytest.approx([(share @ r).item(), (share @ g).item()])
+
+
+@equation("frontier", "experiments.frontier.points")
+@equation("least KL", "experiments.frontier.least_kl")
+def test_the_frontier_rises_and_no_other_weights_lie_above_it():
+    r, g = normal(60).round(decimals=1), normal(60)
+    kl, reward, _, _ = fr.frontier(r, g, fr.BETAS).T
+    assert kl[0] == 0 and kl.diff().min() >= -1e-12 and reward.diff().min() >= -1e-12
+    curve = fr.rows_of(("kl", "reward"), kl, reward)
+    weights = [60 * torch.softmax(a * r + b * normal(60), 0)
+               for a, b in STREAM.uniform(0, 3, (500, 2))]
+    others = [*fr.points(r, g, weights)[:, :2].tolist(), *fr.best_of_n(r, g)[:, :2].tolist()]
+    others += zip(map(fr.ev.best_of_n_kl, fr.NS), fr.best_of_n(r, g)[:, 1].tolist())
+    assert max(fr.least_kl(curve, its) - its_kl for its_kl, its in others) < 2e-3  # interpolation
+    on_it = fr.frontier(r, g, [0.4])[0].tolist()
+    assert fr.least_kl(curve, on_it[1]) == pytest.approx(on_it[0], abs=2e-3)
+
+
+@equation("bootstrap", "experiments.frontier.bootstrap_errors")
+def test_errors_at_equal_kl_are_those_of_the_free_energy():
+    """reward(KL) = min_β β·(KL + log Z), so at equal KL its error is β·s(w)/√N (delta method)."""
+    r, betas = normal(2000), np.array([math.inf, *np.logspace(1, -1, 41)])
+    errors, best = fr.bootstrap_errors(r, r + 3, betas, 0)
+    for k in (15, 20, 24):
+        want = betas[k] * fr.tilted_weights(r, betas[k]).std().item() / 2000**0.5
+        assert errors[k] == pytest.approx([want] * 2, rel=0.15)
+    for error in (errors[0], best[0]):
+        assert error == pytest.approx([r.std().item() / 2000**0.5] * 2, rel=0.15)
+
+
+def test_a_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(fr, "BLOCK", 20)
+    whole = fr.main([*TINY, f"{tmp_path}/whole"])
+    rows, rollout, left = runs.read_rows(tmp_path / "whole/pictures.csv"), fr.mdp.rollout, [1, 1]
+    monkeypatch.setattr(fr.mdp, "rollout", lambda *args, **noise: left.pop() and
+                        rollout(*args, **noise))
+    with pytest.raises(IndexError):  # in the third block
+        fr.main([*TINY, f"{tmp_path}/parts"])
+    assert runs.read_rows(tmp_path / "parts/pictures.csv") == rows[:40] != rows[20:60]
+    left += [1] * 3
+    assert fr.main([*TINY, f"{tmp_path}/parts"]) == whole and left == []
+    for words, message in ((["--seed", "1"], "made with --seed 0, not 1"), (["--prompts", "count"],
+                           "--prompts count: .* one prompt")):
+        with pytest.raises(ValueError, match=message):
+            fr.main([*TINY, f"{tmp_path}/parts", *words])
+
+
+@pytest.mark.parametrize("line, message", [
+    ("[float('nan')] * len(images)", "gave nan"), ("[1] * len(images)", "pictures.csv: no curve")])
+def test_rewards_without_a_curve_are_refused(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(fr, "BLOCK", 50)
+    (tmp_path / "own.py").write_text(f"def r(images, prompts):\n    return {line}\n")
+    with pytest.raises(ValueError, match=message):
+        fr.main([*TINY, f"{tmp_path}/out", "--reward", f"{tmp_path}/own.py:r"])
+
+
+def test_runs_are_read_or_measured_and_those_of_another_reward_or_prompt_refused(
+        tmp_path, monkeypatch):
+    saved = {name: getattr(fr.Config(), name) for name in fr.SAME}
+    numbers = {name: {"after": k, "after_se": k / 10, "title": f"gold: {gold}"} for k, name, gold in
+               zip(range(3), ("reward", "gold", "kl"), ("", "alignment", ""))}
+    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
+    for name, value in (("reward", "aesthetic"), ("prompts", "tasks"), ("eta", 0.5)):
+        (tmp_path / "config.json").write_text(json.dumps(saved | {name: value}))
+        with pytest.raises(ValueError, match=f"--runs {tmp_path}: made with --{name} {value}, not"):
+            fr.check(fr.Config(runs=(str(tmp_path),)))
+    assert fr.ends_of(tmp_path, fr.Config(), None, None) == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    found = {name: torch.tensor([k, k + 2.0]) for k, name in enumerate(numbers)}
+    monkeypatch.setattr(fr.models, "load_run", lambda folder, device: (folder, "reference"))
+    monkeypatch.setattr(fr.dpok, "evaluate", lambda *args: found)
+    other = fr.ends_of(tmp_path, fr.Config(gold="aesthetic"), None, None)
+    assert other == [(1, 1.0), (2, 1.0), (3, 1.0)]
