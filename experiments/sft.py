@@ -1,20 +1,23 @@
-"""What if we only imitate good pictures? Supervised fine-tuning (DPOK, Figure 1a; DDPO's weights).
+"""What if we only imitate good pictures? RWR (DDPO), and DPOK's Figure 1a.
 
 Draw pictures, score them, and train on them as in pretraining, the good ones weighted more:
 
-    J   = −E[ w·‖ε_θ(x_t, t, z) − ε‖²/D + β·‖ε_θ(x_t, t, z) − ε_pre(x_t, t, z)‖²/D ]
+    J   = −E_{x_0 ~ q}[ w·‖ε_θ(x_t, t, z) − ε‖²/D + β·‖ε_θ(x_t, t, z) − ε_pre(x_t, t, z)‖²/D ]
     w_i = exp(r_i/τ)/Z, of mean 1 for each prompt                          (RWR, --weights rwr)
     w_i = 1[r_i among the prompt's best share]/share         (sparse RWR, --weights sparse)
 
-`--data fixed` is Figure 1a: pictures of the pretrained model. A round adds as many as one of RL
-draws, forgets none, and an update learns from as many noisy pictures as RL's has pairs of picture
-and step: queries and work are equal. What the tuned model draws meanwhile is only looked at.
+`--data fixed` is DPOK's Figure 1a: q = p_pre. A round adds as many pictures of the pretrained model
+as one of RL draws, and forgets none; what the tuned model draws meanwhile is only looked at.
+`--data fresh` is RWR as DDPO has it: q = p_θ as the round begins. Its updates learn from what this
+model draws and from nothing earlier; the noise is that of chapter 3's and 4's rounds.
+Either way an update learns from as many noisy pictures as RL's has pairs of picture and step.
 
 RUN `python experiments/sft.py`: three minutes on two CPU cores. EXPECT less gold than chapter 4's
-run, for more nats. TRY `--weights sparse`, or `--beta 1`. WRITES a run folder like chapter 4's.
-DEPARTURES. DDPO's RWR alternates drawing and training; here all pictures are the pretrained
-model's. Its sparse weights are 1[r ≥ C], here each prompt's best share. DPOK weights by r itself.
-The loss is of ε also where v or x_0 is predicted.
+run, for more nats. TRY `--data fresh`, `--weights sparse`, or `--beta 1`. WRITES a run folder like
+chapter 4's.
+DEPARTURES. DDPO's β is our 1/τ, and nothing pulls its RWR towards ε_pre. Its sparse weights are
+1[r ≥ C], here each prompt's best share. DPOK weights by r itself. The loss is of ε also where v or
+x_0 is predicted.
 """
 import sys
 from dataclasses import dataclass, field
@@ -40,7 +43,7 @@ class Config(rewards.RewardFlags):
     gold: str = "alignment"  # what is really meant: measured, never optimized
     prompts: str = "bias"  # a shape family, animals, activities, tasks, a file, or one prompt
     weights: Literal["rwr", "sparse"] = "rwr"  # exp(r/τ)/Z, or the best share alone
-    data: Literal["fixed"] = "fixed"  # whose pictures are learned from; fixed: the pretrained's
+    data: Literal["fresh", "fixed"] = "fixed"  # the present model's pictures, or the pretrained's
     temperature: float = 0.3  # τ of rwr, in units of the reward
     keep: float = 0.2  # the share of each prompt's pictures that sparse keeps
     beta: float = 0.0  # pull towards the pretrained model's predictions
@@ -103,15 +106,17 @@ def predict_eps(pipe, x_t, t, prompt_embeds):
     return mdp.x0_and_noise(pipe.scheduler, noise_pred, alpha_t, x_t)[1]
 
 
-def draw_pictures(pipe, reference, prompts, config, n):
-    """The trajectory whose pictures round n adds, by --data; fixed: the pretrained model's."""
+def draw_pictures(pipe, reference, own, config, n):
+    """The trajectory that round n learns from, by --data; own: what the present model drew."""
+    if config.data == "fresh":
+        return own
     with reference():
-        return mdp.rollout(pipe, prompts, config, noise=(config.seed, "fixed set", n))
+        return mdp.rollout(pipe, own.prompts, config, noise=(config.seed, "fixed set", n))
 
 
 @dataclass
 class PictureSet:
-    """Finished pictures x_0 (C,H,W) with their prompts and rewards, of all rounds so far."""
+    """Finished pictures x_0 (C,H,W) with their prompts and rewards: what updates learn from."""
     x_0: list = field(default_factory=list)
     prompts: list = field(default_factory=list)
     rewards: torch.Tensor = torch.empty(0, dtype=torch.float64)
@@ -165,20 +170,25 @@ def train(config):
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     pictures = PictureSet()
     before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
-    run = runs.Run(config, f"sft_{config.weights}")
+    run = runs.Run(config, f"sft_{config.data}_{config.weights}")
 
     for n in run.rounds():
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)
-        own = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))  # to look at
+        own = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))
         with reference():
             reference_means = dpok.step_means(pipe, own, config)
         r = rewards.score(reward, own.images, prompts, run.folder)
         g = rewards.score(gold, own.images, prompts, run.folder)
 
-        drawn = draw_pictures(pipe, reference, prompts, config, n)
-        pictures.add(drawn, rewards.score(reward, drawn.images, prompts, run.folder))
+        drawn = draw_pictures(pipe, reference, own, config, n)
+        if config.data == "fresh":
+            pictures = PictureSet()  # earlier rounds are forgotten
+            r_drawn = r
+        else:
+            r_drawn = rewards.score(reward, drawn.images, prompts, run.folder)
+        pictures.add(drawn, r_drawn)
         for update in range(config.updates_per_round):
             accumulate(pipe, reference, pictures, config, n, update)
             stats = training.optimizer_step(optimizer, params, config)

@@ -48,28 +48,36 @@ def keep_calls(monkeypatch, module, name):
     return calls
 
 
-@pytest.mark.parametrize("weights", ["rwr", "sparse"])
-def test_sft_is_its_plain_training_and_forgets_no_picture(weights, tmp_path, instant_rewards):
+@pytest.mark.parametrize("data, weights", [*product(["fixed", "fresh"], ["rwr", "sparse"])])
+def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path, monkeypatch,
+                                                        instant_rewards):
+    """Round 2 has a prompt of round 1: weights over the pictures of both rounds are others."""
+    names = ["a red circle", "an orange star", "three red squares"]
+    (tmp_path / "prompts.txt").write_text("\n".join(names))
     config = sft.Config(
-        weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, prompts="tasks",
-        prompts_per_round=2, samples_per_prompt=3, num_steps=3, eval_samples=2, seed=5,
-        learning_rate=2e-3, weight_decay=0.5, lora_rank=4, batch_size=8, device="cpu",
-        out=str(tmp_path), name="run")
+        data=data, weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, batch_size=8,
+        prompts=str(tmp_path / "prompts.txt"), prompts_per_round=2, samples_per_prompt=3, seed=5,
+        num_steps=3, eval_samples=2, learning_rate=2e-3, weight_decay=0.5, lora_rank=4,
+        device="cpu", out=str(tmp_path), name="run")
+    calls = keep_calls(monkeypatch, rewards, "score")
     run, verdict = sft.train(config)
+    assert len(calls) == {"fixed": 3, "fresh": 2}[data] * 2 + 2 * 2  # nothing is scored twice
 
-    fresh, pipe = (models.load_pipeline("tiny_sd", "cpu") for _ in range(2))
+    pre, pipe = (models.load_pipeline("tiny_sd", "cpu") for _ in range(2))
     params = models.trainable(pipe, config)
     optimizer = torch.optim.AdamW(params, 2e-3, weight_decay=0.5)
-    prompts, r, x_0 = [], torch.empty(0).double(), torch.empty(0, 4, 8, 8)
+    learned = []  # (prompt, r, x_0)
     for n in range(2):
-        of_round = training.prompts_of_round(get_prompts("tasks"), config, n)
+        of_round = training.prompts_of_round(names, config, n)
         own = mdp.rollout(pipe, of_round, config, (5, "train", n))
         shown = torch.tensor(brightness(own.images, of_round)).mean().item()
         assert run.rows[n]["reward"] == -run.rows[n]["gold"] == pytest.approx(shown, rel=1e-4)
-        drawn = mdp.rollout(fresh, of_round, config, (5, "fixed set", n))
-        prompts += of_round
-        r = torch.cat([r, torch.tensor(brightness(drawn.images, of_round)).double()])
-        x_0 = torch.cat([x_0, drawn.latents[:, -1]])
+        assert n == 0 or {prompt for prompt, _, _ in learned} & set(of_round)
+        drawn = own if data == "fresh" else mdp.rollout(pre, of_round, config, (5, "fixed set", n))
+        learned = learned if data == "fixed" else []
+        learned += zip(of_round, brightness(drawn.images, of_round), drawn.latents[:, -1])
+        prompts, r, x_0 = zip(*learned)
+        r, x_0 = torch.tensor(r).double(), torch.stack(x_0)
         w = {"rwr": sft.rwr_weights(r, prompts, 2.0),
              "sparse": sft.sparse_weights(r, prompts, 0.34)}[weights]
         for update in range(2):
@@ -80,17 +88,16 @@ def test_sft_is_its_plain_training_and_forgets_no_picture(weights, tmp_path, ins
             a = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
             x_t = a.sqrt() * x_0[rows] + (1 - a).sqrt() * eps
             c = models.encode_prompts(pipe, [prompts[i] for i in rows])
-            pre = fresh.unet(x_t, t, encoder_hidden_states=c).sample.detach()
+            eps_pre = pre.unet(x_t, t, encoder_hidden_states=c).sample.detach()
             now = pipe.unet(x_t, t, encoder_hidden_states=c).sample
-            errors = [(now - target).square().mean((1, 2, 3)) for target in (eps, pre)]
+            errors = [(now - target).square().mean((1, 2, 3)) for target in (eps, eps_pre)]
             (w[rows] * errors[0] + 0.1 * errors[1]).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     saved = [v.norm().item() for v in load_file(run.folder / models.ADAPTER).values()]
     assert sorted(saved) == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-4)
-    asked = training.spread_evenly(get_prompts("tasks"), 2)
-    assert run.before["prompts"] == run.after["prompts"] == asked
+    assert run.before["prompts"] == run.after["prompts"] == training.spread_evenly(names, 2)
     assert [row["queries"] for row in run.rows] == [6, 12] == [6, verdict["queries"]]
     assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and commands.is_finished(run.folder)
 
