@@ -630,7 +630,7 @@ def measure(config, out, device):
                  100 * share)
     vae = models.load_pipeline(str(ROOT / "tiny_sd"), device).vae
     for name, share in vlm_exam(nets.load_vlm(twins.vlm, device), 300, seed, vae).items():
-        note(out, f"vlm, 300 pictures of two to four shapes: {name}, %", 100 * share)
+        note(out, f"vlm, 300 pictures of two to four shapes, after the VAE: {name}, %", 100 * share)
 
 
 def images_of(pictures):
