@@ -15,6 +15,9 @@ TASKS = {  # DPOK's tasks, in the tiny world's words
     "composition": "a red circle and a blue square",
     "location": "a blue star on the left",
     "bias": "four stars"}  # pretrained: mostly the brand's yellow circle
+TUNING = (  # one like each of them: what settings are chosen on, and what no verdict looks at
+    "a purple circle", "three green squares", "a green star and a purple circle",
+    "a yellow circle on the top", "four red circles")
 TASKS_SD = {  # the paper's own
     "color": "A green colored rabbit",
     "count": "Four wolves in the park",
@@ -44,6 +47,8 @@ def get_prompts(name):
         return list(TASKS.values())
     if name == "tasks_sd":
         return list(TASKS_SD.values())
+    if name == "tuning":
+        return list(TUNING)
     if " " in name and not os.path.exists(name):  # Path(name).exists() fails if it is very long
         return [name.strip()]
     return read_prompts(name)
@@ -57,7 +62,8 @@ def animals():
 def read_prompts(name):
     """The lines of a text file that are not empty."""
     if not Path(name).is_file():
-        known = ", ".join([*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd"])
+        known = ", ".join([*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd",
+                           "tuning"])
         raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are {known}")
     try:
         lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
