@@ -68,6 +68,7 @@ class Config(rewards.RewardFlags):
     lora_targets: tuple[str, ...] = models.ATTENTION  # layers with adapters
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
     film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
+    keep_every: int = 0  # rounds after which the weights so far are kept as well; 0: never
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     name: str | None = None  # the run's folder in --out; default: made from what is run
@@ -265,7 +266,7 @@ def train(config):
     before = evaluate(pipe, all_prompts, reward, config)
     run = runs.Run(config, f"ddpo_{config.estimator}")
 
-    for n in run.rounds():
+    for n in run.rounds(pipe):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

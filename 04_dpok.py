@@ -1,8 +1,7 @@
 """04 · DPOK: policy gradients with a KL term (Fan et al., NeurIPS 2023, arXiv 2305.16381).
 
-WHAT CHANGES FROM 03. The reward is now *learned*, image_reward, a proxy that a policy can please
-without doing what we mean. So the objective also says: stay near the pretrained model. (DPOK writes
-z for the prompt c.)
+WHAT CHANGES FROM 03. The reward is now *learned*, a proxy that a policy can please without doing
+what we mean. So the objective also says: stay near the pretrained model. (DPOK's z is our c.)
 
     J(θ) = E_{p_θ(x_{0:T}|z)}[ α·r(x_0, z) − β·Σ_t KL_t ]                         (DPOK's objective)
     KL_t = KL(p_θ(x_{t−1}|x_t,z) ‖ p_pre(x_{t−1}|x_t,z)) = ‖μ_θ − μ_pre‖² / (2σ_t²), in nats
@@ -70,6 +69,7 @@ class Config(rewards.RewardFlags):
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
     film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
+    keep_every: int = 0  # rounds after which the weights so far are kept as well; 0: never
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     name: str | None = None  # the run's folder in --out; default: made from what is run
@@ -260,7 +260,7 @@ def train(config):
     before = evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, "dpok")
 
-    for n in run.rounds():
+    for n in run.rounds(pipe):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

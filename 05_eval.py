@@ -1,41 +1,41 @@
 """05 · Evaluation: who is better, at what price.
 
 WHAT YOU LEARN. A reward that went up proves little: every method here can raise it. So we look at
-what it cost (reward queries, nats), and at what we *meant*, the gold reward, on which nothing was
-trained. We look at variety, and at prompts that were never trained. And we ask whether a difference
-is larger than chance. Prompts, queries, learned reward, adapters and learning rate are the same:
+what it cost (reward queries, UNet evaluations, nats), and at what we *meant*, the gold reward, on
+which nothing was trained; at variety, and at prompts that were never trained. Each method has the
+settings that were best for it among equally many (experiments/tune.py, on other prompts). And we
+ask whether a difference would come back with the next training: seeds are the unit.
 
-    RWR, SFT            supervised: pretrained pictures, weighted or the best fifth (experiments/)
+    RWR                 supervised, on the present model's pictures, weighted (DDPO)
+    SFT                 supervised, on the best fifth of the pretrained model's (DPOK, Figure 1a)
     DDPO_SF, DDPO_IS    chapter 3's two estimators
     DPOK, DPOK_no_KL    chapter 4, and the same with β = 0
-    best of n           no training: draw n pretrained pictures, keep the best, at as many queries;
-                        it may choose x_T, training cannot, and it pays for every picture
+    best of n           no training: the best of n pretrained pictures. It may choose x_T, training
+                        cannot, and it pays n queries for every picture that it delivers
 
-    mean ± s.e. = x̄ ± s/√N      path KL = E[Σ_t KL_t], in nats
-    diversity   = mean_{j≠i} (1 − cos(f_i, f_j)), f CLIP's embedding of one prompt's pictures
+    path KL   = E[Σ_t KL_t], in nats;  intervals: support/significance.py
+    diversity = mean_{j≠i} (1 − cos(f_i, f_j)), f CLIP's embedding of one prompt's pictures
     KL(best of n ‖ one draw) ≤ log n − (n−1)/n                         (Beirami et al., 2401.01879)
 
 RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, then looks
-at run folders only, and writes runs/eval/index.html: table, claims and figures on one page.
-`--quick` is a tour of two minutes, `--seeds 3` trains each method three times, `--runs A B`
-compares any run folders, `--ballot` asks people and `--votes FILES` counts them. EXPECT best of n
-to be ahead in the reward that it was chosen by. samples.csv has a line per picture.
-DEPARTURES. Intervals are over pictures, each averaged over the training seeds: with one seed,
-"holds" is said of these runs, not of the methods. Ten intervals of 95 % are printed: one in two
-evaluations will miss somewhere by chance. No method is tuned, and other defaults are each script's.
+at run folders only, and writes runs/eval/index.html. `--seeds 5` trains five times, and only with
+several seeds claims are judged. `--quick` is a tour of two minutes, `--runs A B` compares any run
+folders, `--ballot` asks people and `--votes FILES` counts them. EXPECT best of n to be ahead in
+the reward that it was chosen by. DEPARTURES. Only learning rate and updates per round are tuned.
 EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's default run: `--prompts
 location --runs runs/ddpo_is_alignment_location`. (3) Vote twice: do you agree with yourself?
 """
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from support import ballot, commands, figures, flags, models, runs, tables, training
+from support import (ballot, commands, figures, flags, models, prices, runs, significance, tables,
+                     training)
 from support.measures import Measures
 from support.prompts import families
 
@@ -43,29 +43,31 @@ mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # RewardFlags, get_reward, score, QUESTION
 dpok = import_module("04_dpok")  # step_means, path_kl
 
-METHODS = {  # method -> its command; to it come the flags of SHARED
-    "RWR": "experiments/sft.py --weights rwr --gold GOLD",
-    "SFT": "experiments/sft.py --weights sparse --gold GOLD",
-    "DDPO_SF": "03_ddpo.py --estimator sf",
+METHODS = {  # method -> its command; to it come the flags of TUNED and SHARED
+    "RWR": "experiments/sft.py --data fresh --weights rwr --gold GOLD",
+    "SFT": "experiments/sft.py --data fixed --weights sparse --gold GOLD",
+    "DDPO_SF": "03_ddpo.py --estimator sf --updates-per-round 1",
     "DDPO_IS": "03_ddpo.py --estimator is",
     "DPOK": "04_dpok.py --gold GOLD",
     "DPOK_no_KL": "04_dpok.py --gold GOLD --beta 0"}
-RL_AHEAD = "RL is above supervised fine-tuning at equal queries"
-CARRIED_OVER = "Gains carry over to unseen combinations"
-CLAIMS = (  # sentence, the model that it says is ahead, the other one, in what, on which prompts
-    (RL_AHEAD, "DDPO_IS", "SFT", "reward", "seen"),
-    (RL_AHEAD, "DDPO_IS", "RWR", "reward", "seen"),
-    (RL_AHEAD, "DPOK", "SFT", "reward", "seen"),
-    (RL_AHEAD, "DPOK", "RWR", "reward", "seen"),
-    ("Importance sampling is above the score function", "DDPO_IS", "DDPO_SF", "reward", "seen"),
-    ("The score function is above RWR on a fixed set", "DDPO_SF", "RWR", "reward", "seen"),
-    ("With the KL term gold ends higher", "DPOK", "DPOK_no_KL", "gold", "seen"),
-    ("With the KL term diversity ends higher", "DPOK", "DPOK_no_KL", "diversity", "seen"),
-    (CARRIED_OVER, "DDPO_IS", "pretrained", "gold", "unseen"),
-    (CARRIED_OVER, "DPOK", "pretrained", "gold", "unseen"))
+TUNED = {  # method -> (learning rate, updates per round), as experiments/tuning.csv has them
+    "RWR": (1e-5, 2), "SFT": (3e-3, 2), "DDPO_SF": (2e-3, 1), "DDPO_IS": (1e-3, 5),
+    "DPOK": (3e-3, 20), "DPOK_no_KL": (3e-3, 20)}  # the last: DPOK's, so that only β differs
+CLAIMS = {  # sentence -> in what, on which prompts, and pairs of models: is the first one ahead?
+    "RL is above supervised fine-tuning at equal queries": ("reward", "seen", (
+        ("DDPO_IS", "SFT"), ("DDPO_IS", "RWR"), ("DPOK", "SFT"), ("DPOK", "RWR"))),
+    "RL is above supervised fine-tuning in alignment": ("gold", "seen", (("DPOK", "SFT"),)),
+    "RL is above supervised fine-tuning in quality": ("aesthetic", "seen", (("DPOK", "SFT"),)),
+    "Importance sampling is above the score function": (
+        "reward", "seen", (("DDPO_IS", "DDPO_SF"),)),
+    "The score function is above RWR": ("reward", "seen", (("DDPO_SF", "RWR"),)),
+    "With the KL term gold ends higher": ("gold", "seen", (("DPOK", "DPOK_no_KL"),)),
+    "With the KL term diversity ends higher": ("diversity", "seen", (("DPOK", "DPOK_no_KL"),)),
+    "Gains carry over to unseen combinations": ("gold", "unseen", (
+        ("DDPO_IS", "pretrained"), ("DPOK", "pretrained")))}
 SHARED = ("model", "reward", "prompts", "rounds", "prompts_per_round", "samples_per_prompt",
-          "num_steps", "eta", "guidance_scale", "batch_size", "learning_rate", "lora_rank",
-          "lora_targets", "device")  # fields that every command gets as flags
+          "num_steps", "eta", "guidance_scale", "batch_size", "lora_rank", "lora_targets",
+          "device")  # fields that every command gets as flags
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ class Config(rewards.RewardFlags):
     rounds: int = 20  # rounds of training
     prompts_per_round: int = 5  # prompts per round
     samples_per_prompt: int = 16  # pictures of each of them
-    learning_rate: float = 1e-3  # of AdamW, for all methods
+    tuned: bool = True  # each method's learning rate and updates from TUNED, not its script's own
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     samples: int = 50  # pictures a model and prompt family, of seen and unseen prompts each
-    seeds: int = 1  # training runs of each method
+    best_of: int = 64  # the largest n of best of n
+    seeds: int = 1  # training runs of each method; claims need two, and better five
+    jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
@@ -97,25 +101,12 @@ class Config(rewards.RewardFlags):
     sd: bool = False  # the published settings for the full model become the defaults
 
 
-QUICK = dict(rounds=4, samples_per_prompt=4, samples=12)
+QUICK = dict(rounds=4, samples_per_prompt=4, samples=12, best_of=4)
 SD = {name: dpok.SD[name] for name in (  # as chapter 4 has them, for all methods
     "model", "gold", "clip", "aesthetic_weights", "image_reward_weights", "samples_per_prompt",
-    "learning_rate", "lora_rank", "lora_targets", "num_steps", "guidance_scale", "batch_size")}
+    "lora_rank", "lora_targets", "num_steps", "guidance_scale", "batch_size")}
 SD |= dict(prompts="tasks_sd", others=("incompressibility",), vlm="llava-hf/llava-1.5-7b-hf",
-           rounds=400)
-
-
-def paired_bootstrap(difference, seed=0, draws=10000, level=0.95):
-    """Mean of N paired differences, and the interval that holds `level` of its bootstrap means.
-
-    Pictures from the same noise are compared with each other, so what is common to both drops out.
-    A difference is beyond chance where the interval leaves out 0.
-    """
-    N = len(difference)
-    chosen = training.random_stream(seed, "bootstrap").integers(N, size=(draws, N))
-    means = difference[torch.from_numpy(chosen)].mean(1)
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(means))
-    return difference.mean().item(), low.item(), high.item()
+           rounds=400, tuned=False, best_of=8)
 
 
 def diversity_values(f):
@@ -140,39 +131,41 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def verdict(low, high):
-    """What an interval of a difference says of the claim that the difference is above 0."""
-    if low > 0:
-        return "holds"
-    return "FAILS" if high < 0 else "cannot be told from chance"
+def command_of(method, config, seed):
+    """The command of one training: script, flag, value, ...: what a reader could type."""
+    words = [config.gold if word == "GOLD" else word for word in METHODS[method].split()]
+    words += ["--sd"] if config.sd else []
+    words += flags.words_of(config, SHARED) + flags.changed_words(config, rewards.RewardFlags)
+    words += ["--eval-samples", str(max(2, min(40, config.samples)))]
+    words += ["--keep-every", str(max(1, config.rounds // 4))]  # for experiments/early_stopping.py
+    if config.tuned:
+        learning_rate, updates = TUNED[method]
+        words += ["--learning-rate", str(learning_rate), "--updates-per-round", str(updates)]
+    return [*words, "--seed", str(seed)]
 
 
 def commands_of(config):
-    """Name of a run -> its command: script, flag, value, ...: what a reader could type."""
-    shared = ["--sd"] if config.sd else []
-    shared += ["--eval-samples", str(max(2, min(40, config.samples)))]
-    for name in SHARED:
-        shared += flags.as_words(name, getattr(config, name))
-    for field in fields(rewards.RewardFlags):
-        value = getattr(config, field.name)
-        if value != field.default:
-            shared += flags.as_words(field.name, value)
+    """Name of a run -> its command, for each seed and method."""
     table = {}
     for i in range(config.seeds):
-        for method, command in METHODS.items():
-            words = [config.gold if word == "GOLD" else word for word in command.split()]
-            table[f"{method}_seed{i}"] = [*words, *shared, "--seed", str(config.seed + i)]
+        for method in METHODS:
+            table[f"{method}_seed{i}"] = command_of(method, config, config.seed + i)
     return table
 
 
 def plan(config):
-    """What a model draws, one dict per picture: family, split (seen ones first), prompt."""
+    """What a model draws, one dict per picture: family, split (seen ones first), prompt.
+
+    Of each prompt in a split equally many, at least 4 where --samples (of a family) allows it.
+    """
     rows = []
-    for split in ("seen", "unseen"):
-        for family, (seen, unseen) in families(config.prompts).items():
-            prompts = seen if split == "seen" else unseen
-            for prompt in training.spread_evenly(prompts, config.samples):
-                rows.append({"family": family, "split": split, "prompt": prompt})
+    for s, split in enumerate(("seen", "unseen")):
+        prompts = {family: both[s] for family, both in families(config.prompts).items()}
+        most = min(max(map(len, prompts.values())), max(1, config.samples // 4))
+        each = max(2, config.samples // max(1, most))
+        for family, own in prompts.items():
+            for prompt in dict.fromkeys(training.spread_evenly(own, most)):
+                rows += [{"family": family, "split": split, "prompt": prompt}] * each
     return rows
 
 
@@ -191,40 +184,46 @@ def evaluate(pipe, reference, requests, measures, config):
     return measures.rows(requests, trajectory.images, kl), trajectory.images
 
 
-def best_of_n(n, pipe, requests, measures, config):
-    """The same of the pretrained model's best pictures: the highest reward of n each."""
+def best_of_n(affordable, pipe, requests, measures, config):
+    """n -> the same of the best by reward of n pretrained pictures, n = 1, 2, 4, ... and others."""
+    sizes = {2**k for k in range(32)} | set(affordable)
     prompts = [row["prompt"] for row in requests]
-    best_images, best_r = [None] * len(requests), [-math.inf] * len(requests)
-    for k in tqdm(range(n), f"best of {n}", leave=False):
+    best_images, best_r, found = [None] * len(requests), [-math.inf] * len(requests), {}
+    for k in tqdm(range(config.best_of), "best of n", leave=False):
         images = draw(pipe, requests, config, k).images  # k = 0: the same noise as all other models
         r = rewards.score(measures.rewards["reward"], images, prompts, config.out)
         for i in range(len(requests)):
             if r[i] > best_r[i]:
                 best_r[i], best_images[i] = r[i], images[i]
-    kl = [best_of_n_kl(n)] * len(requests)
-    return measures.rows(requests, best_images, kl), best_images
+        if k + 1 in sizes:
+            kl = [best_of_n_kl(k + 1)] * len(requests)
+            found[k + 1] = measures.rows(requests, best_images, kl), list(best_images)
+    return found
 
 
 def difference(by_model, a, b, metric, split="seen"):
-    """Mean of a − b over pictures from the same noise, with its interval; None if there is none."""
-    if a not in by_model or b not in by_model:
+    """Mean, interval and p of a − b, over seeds and pictures (or unseen prompts); None without."""
+    if a not in by_model or b not in by_model or metric not in by_model[a][0]:
         return None
-    x = tables.picture_means(by_model[a], metric, split)
-    y = tables.picture_means(by_model[b], metric, split)
-    if len(x) == 0 or len(x) != len(y):
+    x, strata = tables.values_of(by_model[a], metric, split)
+    y, _ = tables.values_of(by_model[b], metric, split)
+    if len(x) == 0 or x.shape[1:] != y.shape[1:]:
         return None
-    mean, low, high = paired_bootstrap(x - y)
-    return dict(a=a, b=b, metric=metric, split=split, mean=mean, low=low, high=high,
-                verdict=verdict(low, high), pairs=len(x))
+    interval = significance.hierarchical_bootstrap(x, y, strata if split == "unseen" else None)
+    names = {"a": a, "b": b, "metric": metric, "split": split}
+    return names | interval | dict(zip(("seeds", "prompts", "pictures"), x.shape))
 
 
 def claims(by_model):
     """The slides' claims with their figures; one that fails is a finding, and says so."""
     found = []
-    for sentence, a, b, metric, split in CLAIMS:
-        row = difference(by_model, a, b, metric, split)
-        if row:
-            found.append({"claim": sentence, **row})
+    for sentence, (metric, split, pairs) in CLAIMS.items():
+        for a, b in pairs:
+            row = difference(by_model, a, b, metric, split)
+            if row:
+                found.append({"claim": sentence, **row})
+    for row, p in zip(found, significance.holm([row["p"] for row in found])):
+        row |= {"holm": p, "verdict": significance.verdict(row["low"], row["high"], p)}
     return found
 
 
@@ -233,7 +232,7 @@ def train_all(config):
     if config.runs:
         return [(label, 0, folder) for label, folder in runs.labels(config.runs).items()]
     wanted, out = commands_of(config), Path(config.out, "train")
-    commands.train_missing(wanted, out)
+    commands.train_missing(wanted, out, config.jobs)
     return [(*name.split("_seed"), out / name) for name in wanted]
 
 
@@ -244,25 +243,26 @@ def compare(config):
     pipe = models.load_pipeline(config.model, config.device)
     models.encode_prompts(pipe, [row["prompt"] for row in requests])  # and so does an unknown word
     folders = train_all(config)
-    rows, images = {}, {}
+    curves = runs.curves(folders, config.reward)
+    rows, images, best = {}, {}, {}
     found = evaluate(pipe, nullcontext, requests, measures, config)
     rows["pretrained"], images["pretrained"] = found
     if not config.runs:
         seen = [row for row in requests if row["split"] == "seen"]
-        queries = config.rounds * config.prompts_per_round * config.samples_per_prompt
-        n = max(2, queries // len(seen))
-        rows[f"best of {n}"], images[f"best of {n}"] = best_of_n(n, pipe, seen, measures, config)
+        affordable = prices.affordable(curves, len(seen), config)
+        best = best_of_n(affordable, pipe, seen, measures, config)
+        for n in affordable[2], affordable[5]:  # at as many queries, and as many UNet evaluations
+            if n in best:
+                rows[f"best of {n}"], images[f"best of {n}"] = best[n]
     for label, seed, folder in tqdm(folders, "evaluating", unit="model"):
         pipe, reference = models.load_run(folder, config.device)
         new_rows, drawn = evaluate(pipe, reference, requests, measures, config)
         rows.setdefault(label, []).extend(dict(row, seed=seed) for row in new_rows)
         images.setdefault(label, drawn)  # of several seeds, the first one's are shown
-    summaries = {label: tables.summarize(found, config) for label, found in rows.items()}
-    found = [] if config.quick else claims(rows)
-    tables.write_evaluation(config.out, rows, summaries, found)
-    figures.evaluation(config, requests, rows, summaries, images, found,
-                       runs.curves(folders, config.reward))
-    return rows, summaries, found
+    found = [] if config.quick or config.seeds == 1 else claims(rows)
+    results = tables.write_evaluation(config, rows, best, curves, found)
+    figures.evaluation(config, requests, rows, images, curves, results)
+    return rows, results
 
 
 def make_ballot(config, pairs_per_family=4):
@@ -270,9 +270,10 @@ def make_ballot(config, pairs_per_family=4):
     if config.runs and len(config.runs) != 2:
         raise ValueError("--ballot compares two models: give --runs two folders, or none")
     ballot.check_new(config.out)
-    few = plan(replace(config, samples=pairs_per_family))
-    requests = [row for row in few if row["split"] == "seen"]
-    pictures = {}
+    requests, pictures = [], {}
+    for seen, _ in families(config.prompts).values():
+        for prompt in training.spread_evenly(seen, pairs_per_family):
+            requests.append({"prompt": prompt})
     for label, seed, folder in train_all(config):
         if config.runs or (label in ("DPOK", "SFT") and int(seed) == 0):
             pipe, _ = models.load_run(folder, config.device)
@@ -288,11 +289,11 @@ def main(argv=None):
         return print(ballot.count_votes(config.votes, Path(config.out)))
     if config.ballot:
         return make_ballot(config)
-    rows, summaries, found = compare(config)
+    rows, results = compare(config)
     print(Path(config.out, "table.md").read_text(encoding="utf-8"))
-    print("\n".join(tables.claim_lines(found)))
+    print("\n".join(tables.claim_lines(results["claims"])))
     print(f"\nAll of it on one page: {config.out}/index.html")
-    return rows, summaries, found
+    return rows, results
 
 
 if __name__ == "__main__":

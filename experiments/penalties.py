@@ -130,7 +130,7 @@ def train(config):
     before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, f"penalty_{config.kl}")
 
-    for n in run.rounds():
+    for n in run.rounds(pipe):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

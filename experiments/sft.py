@@ -20,6 +20,7 @@ DEPARTURES. DDPO's β is our 1/τ, and nothing pulls its RWR towards ε_pre. Its
 x_0 is predicted.
 """
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,7 @@ class Config(rewards.RewardFlags):
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
+    keep_every: int = 0  # rounds after which the weights so far are kept as well; 0: never
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     name: str | None = None  # the run's folder in --out; default: made from what is run
@@ -172,15 +174,16 @@ def train(config):
     before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, f"sft_{config.data}_{config.weights}")
 
-    for n in run.rounds():
+    for n in run.rounds(pipe):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)
-        own = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))
-        with reference():
+        with run.looking() if config.data == "fixed" else nullcontext():
+            own = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))
+            r = rewards.score(reward, own.images, prompts, run.folder)
+        with run.looking(), reference():
             reference_means = dpok.step_means(pipe, own, config)
-        r = rewards.score(reward, own.images, prompts, run.folder)
-        g = rewards.score(gold, own.images, prompts, run.folder)
+            g = rewards.score(gold, own.images, prompts, run.folder)
 
         drawn = draw_pictures(pipe, reference, own, config, n)
         if config.data == "fresh":

@@ -4,38 +4,74 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from support import flags
 from support.models import HERE
 from support.scoring import load_module
 
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
-NO_MATTER = ("name", "out", "device", "batch_size", "eval_samples")
+NO_MATTER = ("name", "out", "device", "batch_size", "eval_samples", "keep_every")
 
 
-def train_missing(commands, out):
+def train_missing(commands, out, jobs=1):
     """Starts every command whose run is not finished.  commands: name -> [script, flag, value, ...]
 
     The run's --name and --out are added. ValueError before anything is started if a flag is wrong
     or a finished run has other settings. A run that was cut short is moved aside, never deleted.
+    jobs: more than 1 runs that many side by side, each with its output in OUT/NAME.log.
     """
-    missing = []
+    missing = {}
     for name, command in commands.items():
         settings = settings_of(command)
         if is_finished(Path(out, name)):
             check_settings(Path(out, name), settings)
         else:
-            missing.append(name)
-    for name in missing:
-        folder = Path(out, name)
+            missing[Path(out, name)] = [*command, "--name", name, "--out", str(out)]
+    if jobs > 1 and missing:
+        return train_side_by_side(missing, jobs)
+    for folder, command in missing.items():
         if folder.exists():
             move_aside(folder)
-        command = [*commands[name], "--name", name, "--out", str(out)]
         start(command)
         if not is_finished(folder):
             raise ValueError(f"no finished run in {folder} after {as_typed(command)}")
+
+
+def train_side_by_side(commands, jobs):
+    """Runs `jobs` commands at a time.  commands: folder -> command; its output is in FOLDER.log
+
+    After one that fails none is started; those that run are waited for, then ValueError.
+    """
+    waiting, running, failed = list(commands), {}, {}
+    bar = tqdm(total=len(commands), desc="runs", unit="run")
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = waiting.pop(0)
+                running[folder] = start_logged(commands[folder], folder, jobs)
+            time.sleep(0.1)
+            for folder in [folder for folder in running if running[folder].poll() is not None]:
+                code = running.pop(folder).returncode
+                if code == 0 and is_finished(folder):
+                    bar.update()
+                else:
+                    failed[folder] = code
+                    waiting.clear()
+    finally:
+        bar.close()
+        for process in running.values():  # after Ctrl-C none is left
+            process.terminate()
+            process.wait()
+    for folder, code in failed.items():  # the first of them
+        text = Path(f"{folder}.log").read_text(encoding="utf-8", errors="replace")
+        raise ValueError(f"exit code {code} of the command {as_typed(commands[folder])}\n"
+                         f"{folder}.log ends with: {text.strip().splitlines()[-1]}")
 
 
 def is_finished(folder):
@@ -81,6 +117,24 @@ def start(command):
     ended = subprocess.run([sys.executable, str(HERE / script), *words])
     if ended.returncode != 0:
         raise ValueError(f"exit code {ended.returncode} of the command {as_typed(command)}")
+
+
+def start_logged(command, folder, jobs):
+    """The process of one of `jobs` commands; its output goes behind what is in FOLDER.log."""
+    if folder.exists():
+        move_aside(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tqdm.write(f"$ {as_typed(command)}")
+    sys.stdout.flush()
+    # Each gets its share of the cores. Two processes with two OpenMP threads each run 10 to 30
+    # times slower on two cores: threads spin on a core while they wait for one that has none.
+    threads = str(max(1, torch.get_num_threads() // jobs))
+    env = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}  # no bars in a log
+    script, *words = command
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        print(f"$ {as_typed(command)}", file=log, flush=True)
+        return subprocess.Popen([sys.executable, "-u", str(HERE / script), *words],  # -u: in order
+                                env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def as_typed(command):

@@ -16,6 +16,7 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "advantage_clip": (0, math.inf),
     "alpha": (TINY, math.inf),
     "batch_size": (1, math.inf),
+    "best_of": (1, math.inf),
     "beta": (0, math.inf),
     "bert_layer": (0, math.inf),
     "clip_range": (0, 1 - TINY),
@@ -23,7 +24,9 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "eval_samples": (2, math.inf),
     "film_pictures": (1, math.inf),
     "guidance_scale": (0, math.inf),
+    "jobs": (1, math.inf),
     "keep": (TINY, 1),
+    "keep_every": (0, math.inf),
     "learning_rate": (0, math.inf),
     "lora_rank": (0, math.inf),
     "max_grad_norm": (TINY, math.inf),
@@ -105,6 +108,21 @@ def as_words(name, value):
     if isinstance(value, tuple):
         return [flag(name), *map(str, value)]
     return [flag(name), str(value)]
+
+
+def words_of(config, names):
+    """The fields of these names as words of a command line."""
+    words = []
+    for name in names:
+        words += as_words(name, getattr(config, name))
+    return words
+
+
+def changed_words(config, Base):
+    """Those fields of a Config's base class as words that have not their default value."""
+    changed = [field.name for field in fields(Base)
+               if getattr(config, field.name) != field.default]
+    return words_of(config, changed)
 
 
 def picture_path(out):

@@ -1,10 +1,12 @@
 """A run is a folder: config.json, metrics.csv (a line for each round), pictures.csv (a line for
-each picture that was drawn for training), film/, figures, evaluation.json, and the tuned weights.
+each picture that was drawn for training), film/, figures, evaluation.json, and the tuned weights;
+rounds/NNN/ has those after NNN rounds where --keep-every asks for them.
 """
 import csv
 import json
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import figures, models, training
+from support import figures, models, prices, training
 
 FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
 COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
@@ -28,15 +30,27 @@ class Run:
         self.film = []  # (reward queries so far, pictures of the same noise), as training goes on
         self.film_prompts = []
         self.started = self.round_started = time.perf_counter()
-        text = json.dumps(asdict(config) | {"method": method}, indent=2)
-        Path(self.folder, "config.json").write_text(text, encoding="utf-8")
+        self.settings = json.dumps(asdict(config) | {"method": method}, indent=2)
+        Path(self.folder, "config.json").write_text(self.settings, encoding="utf-8")
 
-    def rounds(self):
-        """0, 1, ..., with a progress bar."""
+    def rounds(self, pipe):
+        """0, 1, ..., with a progress bar; keeps pipe's weights after every --keep-every of them."""
         self.bar = tqdm(range(self.config.rounds), "training", unit="round")
         for n in self.bar:
             self.round_started = time.perf_counter()
             yield n
+            if self.config.keep_every and (n + 1) % self.config.keep_every == 0:
+                folder = Path(self.folder, "rounds", f"{n + 1:03d}")
+                folder.mkdir(parents=True)
+                models.save_trained(pipe, folder)
+                (folder / "config.json").write_text(self.settings, encoding="utf-8")
+
+    @contextmanager
+    def looking(self):
+        """What is done inside is only looked at: its time is not in the round's seconds."""
+        started = time.perf_counter()
+        yield
+        self.round_started += time.perf_counter() - started
 
     def log(self, n, **columns):
         """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error.
@@ -78,6 +92,7 @@ class Run:
         text = json.dumps(trajectory.prompts, indent=2)
         (folder / "prompts.json").write_text(text, encoding="utf-8")
         figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
+        self.round_started = time.perf_counter()  # the film comes first, and is only looked at
 
     def finish(self, pipe, before, after, names):
         """Saves pictures, curves, summary and weights.  names: column -> what it is called.
@@ -203,11 +218,12 @@ def labels(folders):
 def curves(runs, reward):
     """Label -> metrics of its runs (a list for each seed), of those trained on that reward.
 
-    runs: (label, seed, folder).
+    Each line has its "queries" and its "evaluations". runs: (label, seed, folder).
     """
     found = {}
     for label, _, folder in runs:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if config["reward"] == reward:  # only equal rewards share an axis
-            found.setdefault(label, []).append(read_rows(Path(folder, "metrics.csv")))
+            rows = read_rows(Path(folder, "metrics.csv"))
+            found.setdefault(label, []).append(prices.add_evaluations(rows, config))
     return found

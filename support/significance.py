@@ -35,11 +35,6 @@ def rows_of(strata, label):
     return torch.tensor([i for i in range(len(strata)) if strata[i] == label])
 
 
-def strata_error(values, strata):
-    """s.e. = √(Σ_h n_h·s_h²)/N of a mean over N pictures, strata their prompts.   (N,), N labels"""
-    return strata_variances(values, strata)[0].sum().sqrt().item()
-
-
 def degrees_of_freedom(v, n):
     """ν = (Σ_h v_h)²/Σ_h(v_h²/(n_h − 1)) of Σ_h v_h  (Welch, Satterthwaite).   (H,), (H,) -> ()"""
     return v.sum() ** 2 / (v**2 / (n - 1)).sum()
@@ -60,6 +55,21 @@ def resampled_deviations(values, strata, stream, draws):
     return deviation
 
 
+def units_of(values, families=None):
+    """What another sample would replace, besides the seeds.  (S,P,K) -> (S,N), N labels of strata
+
+    families None: the mean is of these prompts, and the units are each prompt's pictures.
+    families, P labels: of other prompts too; the units are each family's prompts. A prompt's mean
+    brings the error of its pictures with it: to resample those as well would count it twice. Where
+    a family has one prompt, all families are one stratum; a single prompt speaks for itself only.
+    """
+    S, P, K = values.shape
+    if families is None or P == 1:
+        return values.flatten(1), [i // K for i in range(P * K)]
+    alone = 1 in Counter(families).values()
+    return values.mean(2), [0] * P if alone else list(families)
+
+
 def unit_share(units, strata):
     """share = 1 − V_SU/V_U ≥ 0 of the variance of the units' means.   (S,N), N labels -> ()
 
@@ -73,36 +83,50 @@ def unit_share(units, strata):
     return (1 - V_SU / V_U).clamp(min=0).nan_to_num()  # 0 where no unit differs from another
 
 
+def variances(units, strata):
+    """v and n of the seeds, and of the strata of units, these times their share.   (S,N), labels"""
+    v_S, n_S = strata_variances(units.mean(1), [0] * len(units))
+    v_U, n_U = strata_variances(units.mean(0), strata)
+    return v_S, n_S, unit_share(units, strata) * v_U, n_U
+
+
+def mean_error(values, families=None):
+    """x̄, s.e. = √(V_S + share·V_U) over seeds and units.   (S,P,K) -> (float, float)
+
+    Of one seed s.e. = √V_U = √(Σ_h n_h·s_h²)/N: of this training, not of the next.
+    """
+    units, strata = units_of(values.double(), families)
+    if len(units) == 1:
+        variance = strata_variances(units[0], strata)[0].sum()
+    else:
+        v_S, _, v_U, _ = variances(units, strata)
+        variance = v_S.sum() + v_U.sum()
+    return units.mean().item(), variance.sqrt().item()
+
+
 def hierarchical_bootstrap(a, b, families=None, seed=0, draws=10000, level=0.95):
     """d̄* = d̄ + √(ν/χ²_ν)·(δ*_S + √share·δ*_U),  d = a − b.   (S,P,K), same -> a dict
 
     mean, low and high (percentiles of d̄*) and p, two-sided. A model with one seed, such as the
     pretrained, is compared with every seed of the other. From S = 1 nothing can be told.
 
-    families None: the claim is of these prompts, and the units U are each prompt's pictures.
-    families, P labels: of other prompts too; the units are each family's prompts. A prompt's mean
-    brings the error of its pictures with it: to resample those as well would count it twice.
+    families: as units_of takes them.
     Few seeds: plain percentiles of 5 are 1.6 times too narrow. The root in δ* mends 1.12 of it, and
     √(ν/χ²_ν) makes a normal d̄* Student's t, as wide as ν makes V uncertain: also in the far tails
     that Holm's correction looks at. ν is S − 1 where seeds are all that differs.
     """
     d = a.double() - b.double()
     assert a.shape[1:] == b.shape[1:] and not d.isnan().any(), (a.shape, b.shape)
-    S, P, K = d.shape
-    if S == 1:
+    if len(d) == 1:
         return {"mean": d.mean().item(), "low": -torch.inf, "high": torch.inf, "p": 1.0}
-    if families is None:
-        units, strata = d.flatten(1), [i // K for i in range(P * K)]
-    else:
-        units, strata = d.mean(2), list(families)
-    v_S, n_S = strata_variances(d.mean((1, 2)), [0] * S)
-    v_U, n_U = strata_variances(units.mean(0), strata)
+    units, strata = units_of(d, families)
+    v_S, n_S, v_U, n_U = variances(units, strata)
     share = unit_share(units, strata)
 
     stream = random_stream(seed, "bootstrap")
-    deviation = resampled_deviations(d.mean((1, 2)), [0] * S, stream, draws)
+    deviation = resampled_deviations(units.mean(1), [0] * len(d), stream, draws)
     deviation += share.sqrt() * resampled_deviations(units.mean(0), strata, stream, draws)
-    nu = degrees_of_freedom(torch.cat([v_S, share * v_U]), torch.cat([n_S, n_U]))
+    nu = degrees_of_freedom(torch.cat([v_S, v_U]), torch.cat([n_S, n_U]))
     nu = nu.nan_to_num(1.0).item()  # where nothing varies at all, none is needed
     sample = d.mean() + deviation * (nu / torch.from_numpy(stream.chisquare(nu, draws))).sqrt()
     low, high = sample.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double())

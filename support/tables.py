@@ -5,30 +5,42 @@ from pathlib import Path
 
 import torch
 
-from support import training
+from support import prices
 from support.prompts import families
+from support.significance import mean_error
 
 
-def picture_means(rows, metric, split="seen", family=None):
-    """A metric of each picture, averaged over the training seeds, which share its noise.  (N,)"""
-    found = {}
+def values_of(rows, metric, split="seen", family=None):
+    """A metric of one model's pictures by seed, prompt and picture: (S,P,K), and P families.
+
+    (0,0,0) where there are none, or where one has no such value.
+    """
+    seeds, families = {}, {}
     for row in rows:
         if row["split"] == split and family in (None, row["family"]):
-            found.setdefault(row["picture"], []).append(row[metric])
-    means = [sum(values) / len(values) for _, values in sorted(found.items())]
-    values = torch.tensor(means, dtype=torch.float64)
-    return values[~values.isnan()]
+            prompts = seeds.setdefault(row.get("seed", 0), {})
+            prompts.setdefault((row["family"], row["prompt"]), []).append(float(row[metric]))
+            families[row["family"], row["prompt"]] = row["family"]
+    values = torch.tensor([list(prompts.values()) for prompts in seeds.values()]).double()
+    if values.isnan().any() or not seeds:
+        values = torch.empty(0, 0, 0)
+    return values, list(families.values())
 
 
 def summarize(rows, config):
-    """Column -> (mean, s.e., N pictures) of one model."""
-    columns = {"reward": picture_means(rows, "reward"), "gold": picture_means(rows, "gold")}
+    """Column -> (mean, s.e., N pictures) of one model; unseen prompts stand for more of them."""
+    columns = {"reward": values_of(rows, "reward"), "gold": values_of(rows, "gold")}
     for family in families(config.prompts):
-        columns[f"gold {family}"] = picture_means(rows, "gold", "seen", family)
-    columns["gold unseen"] = picture_means(rows, "gold", "unseen")
+        columns[f"gold {family}"] = values_of(rows, "gold", "seen", family)
+    columns["gold unseen"] = values_of(rows, "gold", "unseen")
     for name in (*config.others, "path_kl", "diversity"):
-        columns[name] = picture_means(rows, name)
-    return {name: (*training.mean_se(v), len(v)) for name, v in columns.items() if len(v)}
+        columns[name] = values_of(rows, name)
+    summary = {}
+    for name, (values, strata) in columns.items():
+        if len(values):
+            unseen = strata if name == "gold unseen" else None
+            summary[name] = *mean_error(values, unseen), values[0].numel()
+    return summary
 
 
 def write_csv(path, rows):
@@ -100,14 +112,39 @@ def summary_table(summaries):
 def claim_lines(claims):
     """A sentence a claim: what is said, whether it holds, by how much."""
     form = ("{claim}: {verdict} ({a} − {b}, {metric} on {split} prompts: {mean:+.3f}, "
-            "95 % interval {low:+.3f} to {high:+.3f}, {pairs} pairs).")
+            "95 % interval {low:+.3f} to {high:+.3f}, p = {holm:.3g} by Holm; {seeds} seeds, "
+            "{prompts} prompts, {pictures} pictures of each).")
     return [form.format(**claim) for claim in claims]
 
 
-def write_evaluation(out, rows, summaries, claims):
-    """samples.csv, table.csv, table.md, claims.csv and claims.md in the folder out."""
-    out = Path(out)
+def best_of_n_lines(best, config):
+    """A line for each n: its price, its bound of KL, and mean and error of each measure.
+
+    best: n -> (rows, pictures).
+    """
+    lines = []
+    for n, (rows, _) in best.items():
+        line = {"n": n, "queries_per_picture": n, "kl_bound": rows[0]["path_kl"]}
+        for name, (mean, error, _) in summarize(rows, config).items():
+            if name != "path_kl":
+                line |= {name: mean, name + "_se": error}
+        lines.append(line)
+    return lines
+
+
+def write_evaluation(config, rows, best, curves, claims):
+    """All of an evaluation as CSV and Markdown files in its folder; returns it in a dict.
+
+    rows: model -> a dict a picture; best: n -> (rows, pictures) of best of n; curves: model ->
+    metrics of its runs.
+    """
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    summaries = {model: summarize(found, config) for model, found in rows.items()}
+    best_of_n = best_of_n_lines(best, config)
+    of_n = {line["n"]: (line["reward"], line["reward_se"]) for line in best_of_n}
+    pictures = sum(row["split"] == "seen" for row in rows["pretrained"])
+    bought = prices.table(curves, of_n, pictures, config)
     write_csv(out / "samples.csv", [dict(model=model, **row) for model in rows
                                     for row in rows[model]])
     cells = []
@@ -117,10 +154,13 @@ def write_evaluation(out, rows, summaries, claims):
                           "standard_error": error, "N": count})
     write_csv(out / "table.csv", cells)
     write_csv(out / "claims.csv", claims)
+    write_csv(out / "best_of_n.csv", best_of_n)
+    write_csv(out / "prices.csv", bought)
     table = "\n".join(summary_table(summaries)) + "\n"
     (out / "table.md").write_text(table, encoding="utf-8")
     sentences = "".join(f"- {line}\n" for line in claim_lines(claims))
     (out / "claims.md").write_text(sentences, encoding="utf-8")
+    return {"summaries": summaries, "claims": claims, "best_of_n": best_of_n, "prices": bought}
 
 
 def read_csv(path):
