@@ -252,7 +252,7 @@ def compare(config):
         affordable = prices.affordable(curves, len(seen), config)
         best = best_of_n(affordable, pipe, seen, measures, config)
         for n in affordable[2], affordable[5]:  # at as many queries, and as many UNet evaluations
-            if n in best:
+            if n > 1 and n in best:
                 rows[f"best of {n}"], images[f"best of {n}"] = best[n]
     for label, seed, folder in tqdm(folders, "evaluating", unit="model"):
         pipe, reference = models.load_run(folder, config.device)

@@ -7,9 +7,10 @@ A proxy that is optimized long enough is pleased in ways that nobody meant. In t
     writing  "n shapes" on vlm_strict: the diffusion model learns to write the number, and the
              vision-language model believes it; without and with a KL term  (Figure 7, right)
 
-    early stop = the round at which gold's mean over the last five rounds is highest
+    hindsight's best = the round at which gold's mean over the last five rounds is highest
 
-Only gold can say when to stop, and gold is what one usually does not have. The path KL is known.
+It looks at gold of all rounds, so it is no rule for stopping. early_stopping.py has one that could
+be used, for runs whose weights are kept on the way: here those of the part "proxy".
 
 RUN `python experiments/overoptimization.py`: 30 minutes on two CPU cores; `--only writing`: 10. It
 prints and starts commands (you can type the same), leaves out finished runs, and refuses one with
@@ -18,7 +19,7 @@ EXPECT incompressibility to crowd the picture with stars, for this model knows n
 and more digits, beside numbers of shapes that get no better. The KL term does not keep the digits
 out: writing costs few nats. Of the proxy, see whether gold falls at β = 0 while the proxy rises.
 WRITES run folders runs/overoptimization_*/, and in runs/ the pictures overoptimization.png (proxy
-and gold against path KL, a dot at the early stop), _noise.png and _writing.png (films; the latter
+and gold against path KL, a dot at hindsight's best), _noise.png and _writing.png (films; the latter
 shows first of all pictures where the trick has worked), and _writing_curves.png.
 """
 import json
@@ -80,7 +81,8 @@ def commands_of(config, passed_on):
     proxy, writing = {}, {}
     for beta in PROXY_BETAS:
         proxy[f"{config.name}_beta_{beta:g}"] = [
-            "04_dpok.py", "--reward", config.reward, "--beta", str(beta), *one_prompt, *passed_on]
+            "04_dpok.py", "--reward", config.reward, "--beta", str(beta), "--keep-every", "5",
+            *one_prompt, *passed_on]
     noise = {f"{config.name}_noise": [
         "04_dpok.py", "--reward", "incompressibility", "--beta", "0", "--no-value", *one_prompt,
         *passed_on]}
@@ -100,35 +102,35 @@ def running_mean(values, window=5):
     return means
 
 
-def early_stop(gold, window=5):
+def hindsights_best(gold, window=5):
     """Index of gold at which its running mean is highest."""
     means = running_mean(gold, window)
     return means.index(max(means))
 
 
 def describe(label, rows, reward, gold, window=5):
-    """One sentence: where a run ended, and where it should have stopped."""
+    """One sentence: where a run ended, and where it was best, as one sees in hindsight."""
     golds = [row["gold"] for row in rows]
-    stop = early_stop(golds, window)
-    best, _ = training.mean_se(golds[max(0, stop - window + 1):stop + 1])
+    best = hindsights_best(golds, window)
+    highest, _ = training.mean_se(golds[max(0, best - window + 1):best + 1])
     last_reward, _ = training.mean_se([row["reward"] for row in rows[-window:]])
     last_gold, _ = training.mean_se(golds[-window:])
     return (f"{label}: over the last {len(golds[-window:])} of {len(rows)} rounds {reward} is "
             f"{last_reward:.3f}, {gold} {last_gold:.3f}, at {rows[-1]['kl']:.0f} nats; "
-            f"{gold} was best, {best:.3f}, at round {stop + 1}.")
+            f"in hindsight {gold} was best, {highest:.3f}, at round {best + 1}.")
 
 
 def draw_proxy(config, names):
-    """Proxy and gold against path KL.  -> label: (rows, where to stop early)"""
+    """Proxy and gold against path KL.  -> label: (rows, hindsight's best)"""
     lines = {}
     for beta, name in zip(PROXY_BETAS, names):
         rows = runs.read_rows(Path(config.out, name, "metrics.csv"))
         label = f"β = {beta:g}"
-        lines[label] = (rows, early_stop([row["gold"] for row in rows]))
+        lines[label] = (rows, hindsights_best([row["gold"] for row in rows]))
         print(describe(label, rows, config.reward, config.gold))
     path = Path(config.out, f"{config.name}.png")
     figures.overoptimization(path, lines, {"reward": config.reward, "gold": config.gold},
-                             "Training on and on; dots: where early stopping would stop")
+                             "Training on and on; dots: hindsight's best round by gold")
     print(f"Proxy and gold against path KL: {path}")
     return lines
 

@@ -1,6 +1,6 @@
 """Every number in one place: runs what is missing, writes small CSV files, renders README.md.
 
-    python experiments/results.py            runs what is missing in runs/results/ (an hour)
+    python experiments/results.py            runs what is missing in runs/results/ (some hours)
     python experiments/results.py --render   only writes the tables of the CSV files into README.md
 
 A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "# device: ...",
@@ -18,18 +18,27 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import overoptimization, prompt_alignment, samples  # noqa: E402
+from experiments import overoptimization, prompt_alignment, samples, tune  # noqa: E402
 from support import commands, flags, runs, tables  # noqa: E402
 
 SEEDS = (0, 1, 2)
+SEEDS_OF_CLAIMS = (0, 1, 2, 3, 4)
+RAW = ("model", "seed", "split", "family", "prompt", "reward", "gold", "aesthetic", "diversity")
 SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3)
 CHAPTERS = {"ddpo_defaults": "03_ddpo.py", "dpok_defaults": "04_dpok.py"}
 TITLES = {"ddpo_defaults": "03 as it comes: alignment on 128 pictures from fresh noise",
           "dpok_defaults": "04 as it comes: \"four stars\" on 128 pictures from fresh noise",
           "dpok_sweep": "04 with other β: path KL in nats, learned reward and alignment at the end",
           "eval_quick": "05, the quick tour: far too little training to conclude anything",
-          "eval_default": "05 as it comes: one seed, 1600 reward queries a method",
-          "eval_claims": "05 as it comes: 95 % intervals of a paired bootstrap over pictures",
+          "tuning": "Settings of chapter 5's methods: learned reward on 200 pictures of other "
+                    "prompts, one seed; the first of each method is the one chosen",
+          "eval_seeds": "05 with five seeds and the chosen settings: 1600 reward queries a training",
+          "eval_claims": "05 with five seeds: 95 % intervals over seeds and pictures (unseen: seeds "
+                         "and prompts), p after Holm's correction",
+          "eval_prices": "05 with five seeds: learned reward at equal queries and at equal UNet "
+                         "evaluations",
+          "eval_best_of_n": "Best of n of the pretrained model's pictures, on the seen prompts",
+          "early_stopping": "Stopped by 64 labels and a bound on path KL, beside hindsight's best",
           "samples": "The slides' rewards: on 128 pictures from fresh noise",
           "prompt_alignment": "Trained on vlm_alignment: its mean in training, by family",
           "writing": "Paid for vlm_strict on \"n shapes\": on 128 pictures from fresh noise, and "
@@ -52,7 +61,8 @@ def main(argv=None):
             measure_chapter(name, script, Path(config.out))
         measure_sweep(Path(config.out))
         measure_evaluation(Path(config.out), "eval_quick", ["05_eval.py", "--quick"])
-        measure_claims(measure_evaluation(Path(config.out), "eval_default", ["05_eval.py"]))
+        measure_tuning(Path(config.out))
+        measure_seeds(Path(config.out))
         measure_slides(Path(config.out))
     render(HERE / "README.md")
 
@@ -90,7 +100,7 @@ def measure_sweep(out):
     write(HERE / "dpok_sweep.csv", TITLES["dpok_sweep"], "python experiments/sweep.py", (0,), rows)
 
 
-def measure_evaluation(out, name, command):
+def measure_evaluation(out, name, command, seeds=(0,)):
     """Chapter 5's table: the columns that its text speaks of."""
     folder = out / name
     if not (folder / "table.csv").is_file():
@@ -102,20 +112,44 @@ def measure_evaluation(out, name, command):
             row[cell["column"]] = round(float(cell["mean"]), 4)
             row[cell["column"] + " error"] = round(float(cell["standard_error"]), 4)
     rows = list(models.values())
-    write(HERE / f"{name}.csv", TITLES[name], "python " + " ".join(command), (0,), rows)
+    write(HERE / f"{name}.csv", TITLES[name], "python " + " ".join(command), seeds, rows)
     return folder
 
 
-def measure_claims(folder):
-    """What chapter 5 says of the slides' claims, and its figures."""
-    rows = []
-    for row in tables.read_csv(folder / "claims.csv"):
-        for name in ("mean", "low", "high"):
-            row[name] = round(float(row[name]), 4)
-        rows.append(row)
-    write(HERE / "eval_claims.csv", TITLES["eval_claims"], "python 05_eval.py", (0,), rows)
-    for name in ("queries", "same_seeds"):
+def measure_tuning(out):
+    """The settings that chapter 5's methods were given, and those that they were chosen from."""
+    command = ["experiments/tune.py", "--jobs", "2"]
+    commands.start([*command, "--out", str(out / "tuning")])
+    write(HERE / "tuning.csv", TITLES["tuning"], "python " + " ".join(command), (100,),
+          tune.read_rows(out / "tuning"))
+
+
+def measure_seeds(out):
+    """Chapter 5 with five seeds: its tables, its claims, its figures, and every picture's values."""
+    command = ["05_eval.py", "--seeds", "5", "--jobs", "2"]
+    folder, made = measure_evaluation(out, "eval_seeds", command, SEEDS_OF_CLAIMS), {
+        "claims": "eval_claims", "prices": "eval_prices", "best_of_n": "eval_best_of_n"}
+    for file, name in made.items():
+        rows = [rounded(row) for row in tables.read_csv(folder / f"{file}.csv")]
+        write(HERE / f"{name}.csv", TITLES[name], "python " + " ".join(command), SEEDS_OF_CLAIMS,
+              rows)
+    pictures = []
+    for row in tables.read_csv(folder / "samples.csv"):
+        if not row["model"].startswith("best of"):
+            pictures.append(rounded({name: row[name] for name in RAW}))
+    (HERE / "raw").mkdir(exist_ok=True)
+    tables.write_csv(HERE / "raw" / "eval_seeds.csv", pictures)
+    for name in ("queries", "evaluations", "best_of_n", "same_seeds"):
         shutil.copy(folder / f"{name}.png", HERE / "figures" / f"eval_{name}.png")
+
+
+def rounded(row):
+    """A line of a CSV file, its numbers with four decimals; p-values keep all of theirs."""
+    short = {}
+    for name, text in row.items():
+        is_number = "." in text and name not in ("p", "holm", "prompt")
+        short[name] = f"{float(text):.4f}" if is_number else text
+    return short
 
 
 def measure_slides(out):

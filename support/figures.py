@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
-from support import page, tables, training
+from support import page, prices, tables, training
+from support.significance import mean_error
 
 
 def sheet(path, rows, row_names, column_names=None, titles=None, captions=None, inches=1.1):
@@ -227,8 +228,8 @@ def dots(path, panels, title):
     titled(figure, path, title)
 
 
-def queries(path, runs, name, title):
-    """A line for each model, band: s.d. of seeds. runs: model -> queries (R,), rewards (S,R)."""
+def queries(path, runs, names, title):
+    """A line for each model, band: s.d. of seeds. runs: model -> price (R,), rewards (S,R)."""
     figure = Figure(figsize=(3.9, 3.6), dpi=200, layout="constrained")
     ax = figure.subplots()
     for k, (model, (x, y)) in enumerate(runs.items()):
@@ -236,9 +237,31 @@ def queries(path, runs, name, title):
         if len(y) > 1:
             ax.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), alpha=0.12,
                             color=line.get_color())
-    ax.set(xlabel="reward queries", ylabel=name)
+    ax.set(xlabel=names[0], ylabel=names[1])
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
+    titled(figure, path, title)
+
+
+def best_of_n(path, curve, levels, names, title):
+    """Reward and gold of best of n against n, and how high the trained models stand.
+
+    curve: lines of best_of_n.csv; levels: model -> {"reward": mean, "gold": mean}.
+    """
+    figure = Figure(figsize=(3.9, 4.6), dpi=200, layout="constrained")
+    x = [line["n"] for line in curve]
+    for ax, key in zip(figure.subplots(2, 1, sharex=True), ("reward", "gold")):
+        ax.errorbar(x, [line[key] for line in curve], [line[key + "_se"] for line in curve],
+                    fmt=".-", capsize=2, lw=1, color="black", label="best of n")
+        for k, (model, level) in enumerate(levels.items()):
+            ax.axhline(level[key], lw=1.2, ls=("-", "--", "-.", ":")[k % 4], color=f"C{k}",
+                       label=model)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title(names[key], size=8)
+        ax.grid(alpha=0.3)
+    ax.set_xlabel("n: queries for each picture that is delivered")
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=7, ncol=3, loc="outside lower center")
     titled(figure, path, title)
 
 
@@ -256,13 +279,13 @@ def lines(path, panels, xlabel, title):
 
 
 def overoptimization(path, runs, names, title):
-    """Proxy and gold against path KL. runs: label -> metrics.csv's rows, where to stop early."""
+    """Proxy and gold against path KL. runs: label -> metrics.csv's rows, hindsight's best."""
     figure = Figure(figsize=(8, 3.4), dpi=100, layout="constrained")
     for ax, (key, name) in zip(figure.subplots(1, 2), names.items()):
-        for label, (rows, stop) in runs.items():
+        for label, (rows, best) in runs.items():
             line, = ax.plot([row["kl"] for row in rows], [row[key] for row in rows], lw=1,
                             label=label)
-            ax.plot(rows[stop]["kl"], rows[stop][key], "o", color=line.get_color())
+            ax.plot(rows[best]["kl"], rows[best][key], "o", color=line.get_color())
         ax.set(xlabel="path KL, nats", title=f"{key}: {name}")
         ax.set_xscale("symlog", linthresh=1)
         ax.grid(alpha=0.3)
@@ -270,18 +293,60 @@ def overoptimization(path, runs, names, title):
     titled(figure, path, title)
 
 
-def evaluation(config, requests, rows, summaries, images, claims, curves):
+def early_stopping(path, runs, gold, bound):
+    """A panel a run: its labels and the truth against reward queries, and where to stop.
+
+    runs: label -> lines of early_stopping.csv, and the places among them of the round that the rule
+    keeps, of the first one beyond the bound, and of hindsight's best.
+    """
+    C = min(3, len(runs))
+    R = math.ceil(len(runs) / C)
+    figure = Figure(figsize=(max(5, 3.4 * C), 2.6 * R + 0.9), dpi=120, layout="constrained")
+    axes = figure.subplots(R, C, sharey=True, squeeze=False).flat
+    for ax, (label, (rows, kept, passed, best)) in zip(axes, runs.items()):
+        x, truth = [row["queries"] for row in rows], [row["gold"] for row in rows]
+        low = [row["gold"] - row["gold_se"] for row in rows]
+        high = [row["gold"] + row["gold_se"] for row in rows]
+        ax.fill_between(x, low, high, alpha=0.15, color="black", lw=0)
+        ax.plot(x, truth, lw=1.2, color="black", label="truth ± s.e.")
+        ax.errorbar(x, [row["labels_mean"] for row in rows], [row["labels_se"] for row in rows],
+                    fmt=".", capsize=3, elinewidth=0.8, color="tab:blue", label="labels ± s.e.")
+        ax.plot(x[kept], truth[kept], "o", ms=9, mfc="none", mew=1.8, color="tab:orange",
+                label="kept by the rule")
+        ax.plot(x[best], truth[best], "*", ms=7, color="tab:green", label="hindsight's best")
+        if passed < len(rows):
+            ax.axvline(x[passed], ls="--", lw=1, color="tab:red")
+            ax.axvspan(x[passed], x[-1], alpha=0.06, color="tab:red", lw=0)
+        ax.plot([], [], "--", lw=1, color="tab:red",
+                label=f"the rule stops: path KL above {bound:g} nats")
+        ax.set_title(wrapped(label, 40), size=9)
+        ax.set_xlabel("reward queries", size=8)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+    for ax in figure.axes[len(runs):]:  # a place without a panel
+        ax.set_axis_off()
+    figure.supylabel(f"gold: {gold}", size=9)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, ncols=min(3, 1 + C), loc="outside lower center")
+    figure.savefig(path)
+
+
+def evaluation(config, requests, rows, images, curves, results):
     """Chapter 5's figures, and index.html, which shows them with the findings and the numbers."""
     out = Path(config.out)
     for name in page.CAPTIONS:  # an earlier call's must not end up on this one's page
         (out / f"{name}.png").unlink(missing_ok=True)
     note = "QUICK TOUR, far too little training: " if config.quick else ""
     draw_same_seeds(out / "same_seeds.png", requests, images, note)
-    draw_scores(out / "scores.png", summaries, config, note)
+    draw_scores(out / "scores.png", results["summaries"], config, note)
     draw_generalization(out / "generalization.png", rows, config, note)
     if curves:
-        draw_queries(out / "queries.png", curves, config, note)
-    page.write(config, summaries, claims)
+        draw_queries(out / "queries.png", curves, config, "queries", "reward queries", note)
+        draw_queries(out / "evaluations.png", curves, config, "evaluations", "UNet evaluations",
+                     note)
+    if results["best_of_n"]:
+        draw_best_of_n(out / "best_of_n.png", curves, config, results, note)
+    page.write(config, results)
 
 
 def draw_same_seeds(path, requests, images, note):
@@ -317,22 +382,32 @@ def draw_generalization(path, rows, config, note):
         if model.startswith("best of"):  # which has no picture of an unseen prompt
             continue
         for family, split in dict.fromkeys((row["family"], row["split"]) for row in found):
-            gold = tables.picture_means(found, "gold", split, family)
+            gold, strata = tables.values_of(found, "gold", split, family)
             panel = panels.setdefault(family, {}).setdefault(model, {})
-            panel[split] = training.mean_se(gold)
+            panel[split] = mean_error(gold, strata if split == "unseen" else None)
     dots(path, panels, f"{note}{config.gold}: seen prompts, and combinations that no training saw")
 
 
-def draw_queries(path, curves, config, note, window=3):
-    """Reward against queries, as a running mean of three rounds."""
+def draw_queries(path, curves, config, price, name, note, window=3):
+    """Reward against a price, as a running mean of three rounds."""
     lines = {}
     for model, seeds in curves.items():
-        x = [row["queries"] for row in seeds[0]]
+        x = [row[price] for row in seeds[0]]
         y = torch.empty(len(seeds), len(x))
         for seed, rows in enumerate(seeds):
             for i in range(len(x)):
-                latest = [row["reward"] for row in rows[max(0, i - window + 1):i + 1]]
-                y[seed, i] = sum(latest) / len(latest)
+                y[seed, i] = prices.reward_at(rows, price, x[i], window)
         lines[model] = x, y
-    queries(path, lines, config.reward,
-            note + "Reward against reward queries, mean of three rounds")
+    queries(path, lines, (name, config.reward),
+            f"{note}Reward against {name}, mean of three rounds")
+
+
+def draw_best_of_n(path, curves, config, results, note):
+    """Best of n as a curve, beside the means of the trained models."""
+    levels = {}
+    for model in curves:
+        summary = results["summaries"][model]
+        levels[model] = {key: summary[key][0] for key in ("reward", "gold")}
+    names = {key: tables.title(key, config) for key in ("reward", "gold")}
+    best_of_n(path, results["best_of_n"], levels, names,
+              note + "Best of n pretrained pictures, and trained models")

@@ -27,6 +27,8 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "jobs": (1, math.inf),
     "keep": (TINY, 1),
     "keep_every": (0, math.inf),
+    "kl_bound": (TINY, math.inf),
+    "labels": (2, math.inf),
     "learning_rate": (0, math.inf),
     "lora_rank": (0, math.inf),
     "max_grad_norm": (TINY, math.inf),

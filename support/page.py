@@ -5,6 +5,7 @@ the skeleton that is filled here; figures.py has drawn the pictures before.
 """
 import base64
 import html
+import math
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from support import tables
 
 SKELETON = Path(__file__).with_suffix(".html")
-VERDICTS = {  # how a verdict begins -> its sign, its class in page.html
+VERDICTS = {  # verdict -> its sign, its class in page.html
     "holds": ("✓", "holds"), "fails": ("✗", "fails"), "cannot be told": ("?", "unknown")}
+PRICES = {"queries": "reward queries", "evaluations": "UNet evaluations"}
 SHOWN = ("reward", "gold", "gold unseen", "path_kl", "diversity")  # and one more measure
 CAPTIONS = {
     "scores": "Mean ± standard error of the proxy and of what it does not know (DPOK, Figure 3). "
@@ -22,21 +24,30 @@ CAPTIONS = {
     "generalization": "Gold on the prompts that were trained on (seen) and on combinations that no "
                       "training saw (unseen).",
     "queries": "Reward of freshly drawn pictures against reward queries (DDPO's curves).",
+    "evaluations": "The same against UNet evaluations: a forward pass counts 1, a backward pass 2. "
+                   "What is only looked at costs nothing.",
+    "best_of_n": "Best of n may choose the first noise x_T, which training cannot; and it pays n "
+                 "queries again for every picture that it delivers, where training pays once.",
     "same_seeds": "Same noise in each column (DPOK, Figure 2): one row a model. Only best of n "
                   "chose, from that noise and others."}
 FULL_WIDTH = ("same_seeds",)
 
 
-def write(config, summaries, claims):
-    """index.html in the folder config.out, with the figures that lie there."""
+def write(config, results):
+    """index.html in the folder config.out, with the figures that lie there.
+
+    results: as tables.write_evaluation returns them.
+    """
+    claims = results["claims"]
     out = Path(config.out)
     quick = "QUICK TOUR, far too little training. " if config.quick else ""
     paid = "Measured" if config.runs else "Trained on"
-    told = "" if config.quick or not claims else " In brackets: 95 % intervals."
+    told = "" if config.quick or not claims else (
+        " In brackets: 95 % intervals over training seeds and pictures.")
     note = f"{quick}{paid} (reward): {config.reward}. Meant (gold): {config.gold}.{told}"
     parts = {"NOTE": html.escape(note),
              "FINDINGS": first_screen(claims, config),
-             "NUMBERS": numbers(summaries, config),
+             "NUMBERS": numbers(results["summaries"], config) + price_table(results["prices"]),
              "FIGURES": "\n".join(figure(out, name) for name in CAPTIONS)}
     # One pass, so that a name which looks like a placeholder stays a name.
     page = re.sub("__([A-Z]+)__", lambda found: parts[found[1]], SKELETON.read_text("utf-8"))
@@ -49,26 +60,24 @@ def write(config, summaries, claims):
 def first_screen(claims, config):
     """The findings, and beside them the forest plot; neither where nothing can be concluded."""
     if config.quick or not claims:
-        reason = ("a quick tour trains far too little" if config.quick
-                  else "no claim is about these models")
+        reason = "no claim is about these models"
+        if config.quick:
+            reason = "a quick tour trains far too little"
+        elif not config.runs and config.seeds == 1:
+            reason = ("one training says little of the next. Claims are judged with --seeds 5, "
+                      "and experiments/README.md has those of five seeds")
         return ("<div class='findings'><section class='unknown'><h3>Nothing can be concluded "
                 f"here: {reason}.</h3></section></div>")
     cards = []
     for verdict, items in findings(claims).items():
         sign, style = VERDICTS[verdict]
-        count = sum(verdict_of(claim) == verdict for claim in claims)
+        count = sum(claim["verdict"] == verdict for claim in claims)
         lines = "".join(f"<li>{html.escape(sentence)} <small>{html.escape(evidence)}</small></li>"
                         for sentence, evidence in items)
         cards.append(f"<section class='{style}'><h3>{sign} {verdict.capitalize()}: {count} of "
                      f"{len(claims)} comparisons</h3><ul>{lines}</ul></section>")
     return (f"<div class='first both'><div class='findings'>{''.join(cards)}</div>"
             f"<div>{forest(claims, config)}</div></div>")
-
-
-def verdict_of(claim):
-    """The claim's verdict as it stands in VERDICTS."""
-    (verdict,) = [known for known in VERDICTS if claim["verdict"].lower().startswith(known)]
-    return verdict
 
 
 def grouped(claims, *keys):
@@ -84,7 +93,7 @@ def findings(claims):
     found = {}
     for verdict in VERDICTS:
         for (sentence,), compared in grouped(claims, "claim").items():
-            those = [claim for claim in compared if verdict_of(claim) == verdict]
+            those = [claim for claim in compared if claim["verdict"] == verdict]
             if those:
                 least = min(those, key=lambda claim: abs(claim["mean"]))
                 evidence = f"{least['a']} − {least['b']}, {least['metric']} {interval(least)}"
@@ -131,13 +140,14 @@ def forest(claims, config):
                 rows.append(forest_row(claim, head, place))
                 head = ""  # a sentence stands before its first comparison only
     return (f"<table class='forest'>{''.join(rows)}</table><p class='note'>Each row: the first "
-            "model minus the second, with its 95 % interval. The claim is that this is above 0."
-            "</p>")
+            "model minus the second, with its 95 % interval over training seeds and pictures (of "
+            "unseen prompts: seeds and prompts). The claim is that this is above 0; it holds or "
+            "fails where also p ≤ 0.05 after Holm's correction for all comparisons.</p>")
 
 
 def forest_row(claim, head, place):
     """One comparison: its names, its interval with a dot at the mean, its verdict."""
-    verdict = verdict_of(claim)
+    verdict = claim["verdict"]
     sign, style = VERDICTS[verdict]
     low, mean, high = place(claim["low"]), place(claim["mean"]), place(claim["high"])
     return (f"<tr class='{style}'>{head}"
@@ -157,8 +167,9 @@ def numbers(summaries, config):
     columns = tables.columns_of(summaries)
     shown = [column for column in (*SHOWN, *config.others[:1]) if column in columns]
     rest = [column for column in columns if column not in shown]
-    note = ("<p class='note'>Mean ± standard error over N pictures; path KL in nats, for best of n "
-            "its bound. All digits are in table.csv.</p>")
+    note = ("<p class='note'>Mean of N pictures ± standard error over seeds and pictures (of one "
+            "seed: over pictures alone); path KL in nats, for best of n its bound. All digits are "
+            "in table.csv.</p>")
     fold = ""
     if rest:
         fold = (f"<details><summary>{len(rest)} more measures</summary>"
@@ -182,6 +193,38 @@ def number_table(summaries, columns):
         rows.append(f"<tr>{cells}</tr>")
     return (f"<div class='wide'><table class='numbers'><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def price_table(bought):
+    """Model by price and budget: the reward that it buys.  bought: lines of prices.csv."""
+    if not bought:
+        return ""
+    head, rows = "<th>Model</th>", []
+    budgets = list(grouped(bought, "price", "budget"))
+    for price, budget in budgets:
+        head += f"<th>{budget:,}<small>{PRICES[price]}</small></th>"
+    for (model,), lines in grouped(bought, "model").items():
+        cells = f"<th>{html.escape(model)}</th>"
+        for pair in budgets:
+            text = "–"
+            for line in lines:
+                if (line["price"], line["budget"]) == pair:
+                    text = price_cell(line)
+            cells += f"<td>{text}</td>"
+        rows.append(f"<tr>{cells}</tr>")
+    return (f"<h3>Reward at equal price</h3><div class='wide'><table class='numbers'><thead><tr>"
+            f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div><p class='note'>Mean "
+            "of the last three rounds that the budget pays for, on the pictures drawn in training, "
+            "± standard error over seeds; best of n: of the comparison's pictures, the n that the "
+            "budget pays for.</p>")
+
+
+def price_cell(line):
+    """Reward ± its error where there is one, and the n of best of n."""
+    text = f"{line['reward']:.2f}".replace("-", "−")
+    if not math.isnan(line["standard_error"]):
+        text += f" <small>± {line['standard_error']:.2f}</small>"
+    return text + (f" <small>n = {line['n']}</small>" if line["n"] else "")
 
 
 def figure(folder, name):

@@ -21,7 +21,8 @@ def values_of(rows, metric, split="seen", family=None):
             prompts = seeds.setdefault(row.get("seed", 0), {})
             prompts.setdefault((row["family"], row["prompt"]), []).append(float(row[metric]))
             families[row["family"], row["prompt"]] = row["family"]
-    values = torch.tensor([list(prompts.values()) for prompts in seeds.values()]).double()
+    values = torch.tensor([list(prompts.values()) for prompts in seeds.values()],
+                          dtype=torch.float64)
     if values.isnan().any() or not seeds:
         values = torch.empty(0, 0, 0)
     return values, list(families.values())

@@ -10,7 +10,7 @@ import torch
 PURPOSES = (  # what random numbers are for; the place in this list is part of their address
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
     "adapters", "value", "value batches", "fixed set", "sft batches", "sft noise", "bootstrap",
-    "pretrain", "make", "frontier")
+    "pretrain", "make", "frontier", "labels", "truth")
 WORD = 2**32
 
 

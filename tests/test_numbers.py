@@ -47,7 +47,7 @@ def test_the_tables_are_those_of_the_csv_files(tmp_path):
     copy.write_text(read(readme), encoding="utf-8")
     results.render(copy, tables_in=readme.parent)
     assert read(copy) == read(readme)
-    for file in readme.parent.glob("**/*.csv"):
+    for file in set(readme.parent.glob("**/*.csv")) - set(readme.parent.glob("raw/*")):
         assert f"<!-- {file.relative_to(readme.parent)} -->" in read(copy)
         head, _ = results.read(file)
         assert {"title", "command", "seeds", "device", "date"} <= set(head), file
@@ -91,3 +91,30 @@ def test_an_evaluations_rows_are_of_its_own_models_and_columns(tmp_path, monkeyp
     assert head["command"] == "python 05_eval.py --quick"
     assert lines == [["model", "reward", "reward error", "gold", "gold error"],
                      ["A", "0.5", "0.0", "", ""], ["B", "3.5", "0.375", "2.5", "0.25"]]
+
+
+def test_verdicts_follow_from_the_csv_files_alone():
+    """Every claim's interval, of which three also by hand: the mean over seeds, and Student's t."""
+    folder = ROOT / "experiments"
+    results, tables = import_module("experiments.results"), import_module("support.tables")
+    rows = {}
+    for row in tables.read_csv(folder / "raw" / "eval_seeds.csv"):
+        rows.setdefault(row["model"], []).append(row | {"seed": row["seed"] or "0"})
+    found = import_module("05_eval").claims(rows)
+    _, (names, *lines) = results.read(folder / "eval_claims.csv")
+    claims = [dict(zip(names, line)) for line in lines]
+    assert len(claims) == len(found) == 12
+    for claim, again in zip(claims, found):
+        assert claim["verdict"] == again["verdict"] and claim["claim"] == again["claim"]
+        for name in ("mean", "low", "high"):
+            assert float(claim[name]) == pytest.approx(again[name], abs=1e-3), claim
+    for claim in (claims[0], claims[5], claims[6]):
+        of_seeds = []
+        for seed in "01234":
+            x, y = (statistics.mean(float(row[claim["metric"]]) for row in rows[claim[side]]
+                                    if row["seed"] == seed and row["split"] == "seen")
+                    for side in "ab")
+            of_seeds.append(x - y)
+        assert float(claim["mean"]) == pytest.approx(statistics.mean(of_seeds), abs=1e-3)
+        error = statistics.stdev(of_seeds) / 5**0.5  # pictures can only add to it
+        assert float(claim["high"]) - float(claim["low"]) > 2 * 1.9 * error

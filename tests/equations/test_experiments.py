@@ -228,7 +228,7 @@ def test_gradient_variance_is_that_of_a_mean_of_groups():
     assert found == pytest.approx(np.var(gradients, ddof=1) / 5, rel=1e-9) and found > 0
 
 
-@equation("early stop", "experiments.overoptimization.early_stop")
-def test_early_stop_by_hand():
-    assert overoptimization.early_stop([0, 9, 0, 0, 5, 5, 5, 5, 5, 1], window=3) == 6
-    assert overoptimization.early_stop([3, 1, 2], window=5) == 0
+@equation("hindsight's best", "experiments.overoptimization.hindsights_best")
+def test_hindsights_best_by_hand():
+    assert overoptimization.hindsights_best([0, 9, 0, 0, 5, 5, 5, 5, 5, 1], window=3) == 6
+    assert overoptimization.hindsights_best([3, 1, 2], window=5) == 0

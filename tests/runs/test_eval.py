@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import shutil
+from collections import Counter
 from dataclasses import fields
 from importlib import import_module
 from itertools import product
@@ -21,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import commands, figures, flags, models, training
+from support import commands, figures, flags, models, significance, training
 from support.prompts import TASKS
 from support.tables import read_csv
 from tests import oracles
@@ -38,12 +39,12 @@ COMMON = ("--num-steps 2 --eta 0.8 --guidance-scale 1.5 --seed 5 --batch-size 7 
           f"--reward {REWARD} --gold {GOLD} --others {OTHER}").split()
 TRAIN = ("--num-steps 2 --seed 5 --device cpu --rounds 1 --prompts-per-round 1 "
          "--samples-per-prompt 2 --eval-samples 2").split()
-METHODS = {"RWR": ("experiments/sft.py", "weights", "rwr"),
-           "SFT": ("experiments/sft.py", "weights", "sparse"),
-           "DDPO_SF": ("03_ddpo.py", "estimator", "sf"),
-           "DDPO_IS": ("03_ddpo.py", "estimator", "is"),
-           "DPOK": ("04_dpok.py", "beta", 0.01),
-           "DPOK_no_KL": ("04_dpok.py", "beta", 0)}
+METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
+           "SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
+           "DDPO_SF": ("03_ddpo.py", {"estimator": "sf", "updates_per_round": 1}),
+           "DDPO_IS": ("03_ddpo.py", {"estimator": "is"}),
+           "DPOK": ("04_dpok.py", {"beta": 0.01}),
+           "DPOK_no_KL": ("04_dpok.py", {"beta": 0})}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def compared(tmp_path_factory):
 def methods(tmp_path_factory):
     """All methods with two seeds each; 3·5·3 reward queries are 3 for each of 15 seen pictures."""
     return evaluate(tmp_path_factory.mktemp("methods"), "--seeds", "2", "--samples", "3",
-                    "--rounds", "3", "--prompts-per-round", "5", "--samples-per-prompt", "3")
+                    "--rounds", "3", "--prompts-per-round", "5", "--samples-per-prompt", "3",
+                    "--best-of", "4")
 
 
 def evaluate(out, *words):
@@ -72,13 +74,13 @@ def evaluate(out, *words):
         patch.setattr(commands, "train_missing", make_runs)
         patch.setattr(figures, "evaluation", lambda *a: calls.append(a) or draws(*a))
         ev.main([*COMMON, *words, "--out", str(out)])
-    *_, images, _, curves = calls[0]
+    *_, images, curves, _ = calls[0]
     return SimpleNamespace(out=out, images=images, curves=curves,
                            samples=read_csv(out / "samples.csv"),
                            page=(out / "index.html").read_text(encoding="utf-8"))
 
 
-def make_runs(wanted, out):
+def make_runs(wanted, out, jobs=1):
     """A finished run for each command: random adapters, and two rounds of made-up rewards."""
     pipe = models.load_pipeline("tiny_sd", "cpu")
     adapters = SimpleNamespace(lora_rank=2, lora_targets=models.ATTENTION, seed=0)
@@ -89,17 +91,22 @@ def make_runs(wanted, out):
         for p in params:
             torch.nn.init.normal_(p, 0, 0.2, torch.Generator().manual_seed(100 * k + len(p)))
         models.save_trained(pipe, folder)
-        (folder / "config.json").write_text(json.dumps({"model": "tiny_sd", "reward": REWARD}))
-        (folder / "metrics.csv").write_text(f"queries,reward,gold\n15,{k},9\n30,{k + 2},9\n")
+        settings = commands.settings_of(wanted[name]) | {"method": Path(wanted[name][0]).stem}
+        (folder / "config.json").write_text(json.dumps(settings))
+        first = settings["prompts_per_round"] * settings["samples_per_prompt"]
+        lines = f"{first},{k},9\n{first * settings['rounds']},{k + 2},9\n"
+        (folder / "metrics.csv").write_text("queries,reward,gold\n" + lines)
         (folder / "evaluation.json").write_text("{}")
 
 
 def plan(samples):
     """(family, split, prompt) of each picture of the shape world's tasks."""
     asked = [(family, "seen", prompt) for family, prompt in TASKS.items() for _ in range(samples)]
+    most = max(1, samples // 4)  # unseen prompts of a family, with 4 pictures each or more
     for family in TASKS:
         unseen = shapes.prompts_of(family, held_out=True)
-        asked += [(family, "unseen", p) for p in training.spread_evenly(unseen, samples)]
+        for prompt in unseen if len(unseen) <= most else training.spread_evenly(unseen, most):
+            asked += [(family, "unseen", prompt)] * (samples // most)
     return asked
 
 
@@ -133,12 +140,13 @@ def of(samples, model, seed=None):
 
 
 def by_picture(samples, model, name, split="seen", family=None):
-    """Values of the pictures in turn, each the mean over the training seeds."""
-    values = {}
+    """(seeds, prompts, pictures) of a column, for as many pictures of each prompt."""
+    seeds = {}
     for row in of(samples, model):
-        if row["split"] == split and family in (None, row["family"]) and row[name] != "nan":
-            values.setdefault(int(row["picture"]), []).append(float(row[name]))
-    return np.array([np.mean(values[picture]) for picture in sorted(values)])
+        if row["split"] == split and family in (None, row["family"]):
+            prompts = seeds.setdefault(row["seed"], {})
+            prompts.setdefault((row["family"], row["prompt"]), []).append(float(row[name]))
+    return np.array([list(prompts.values()) for prompts in seeds.values()])
 
 
 @pytest.mark.parametrize("model", ["pretrained", "adapters", "all_weights"])
@@ -167,14 +175,30 @@ def test_best_of_n_keeps_the_highest_proxy_of_the_n_that_the_budget_pays_for(met
     assert (r.argmax(0) != gold.argmax(0)).any()  # else one could not tell which of them chose
     best = [drawn[k][i] for i, k in enumerate(r.argmax(0))]
     assert_rows(of(methods.samples, "best of 3"), asked, best, [math.log(3) - 2 / 3] * 15)
+    lines = {int(line["n"]): line for line in read_csv(methods.out / "best_of_n.csv")}
+    assert list(lines) == [1, 2, 3, 4]  # powers of two, and what budgets pay for
+    bought = [(line["price"], line["budget"], line["n"]) for line in read_csv(
+        methods.out / "prices.csv") if line["model"] == "best of n"]
+    # SFT is the cheapest: 45·2·2 to draw, and 3 rounds of 2·15 noisy pictures at 3 each
+    assert bought == [("queries", "22", "1"), ("queries", "45", "3"), ("evaluations", "112", "1"),
+                      ("evaluations", "225", "3")]
+    assert column([lines[3]], "reward") == pytest.approx([r.max(0).mean()], rel=1e-3)
+    assert column([lines[2]], "reward") == pytest.approx([r[:2].max(0).mean()], rel=1e-3)
+    assert column(lines.values(), "kl_bound") == pytest.approx(
+        [math.log(n) - (n - 1) / n for n in (1, 2, 3, 4)])
 
 
 @pytest.mark.parametrize("samples", [2, 60])
-def test_plan_has_equally_many_seen_and_unseen_pictures_whatever_the_prompts(samples):
+def test_plan_has_equally_many_pictures_of_each_prompt_of_a_split(samples):
     assert [tuple(row.values()) for row in ev.plan(ev.Config(samples=samples))] == plan(samples)
     one = ev.plan(ev.Config(prompts="count", samples=samples))
-    assert [shapes.is_held_out(shapes.parse(row["prompt"])) for row in one] == [
-        split == "unseen" for split in ["seen"] * samples + ["unseen"] * samples]
+    splits = [shapes.is_held_out(shapes.parse(row["prompt"])) for row in one]
+    assert splits == [row["split"] == "unseen" for row in one] == sorted(splits)
+    for split in (False, True):
+        counts = Counter(row["prompt"] for row, held in zip(one, splits) if held == split)
+        assert len(set(counts.values())) == 1 and len(counts) == min(
+            max(1, samples // 4), 9 if split else 63)
+        assert min(counts.values()) >= min(4, samples)
 
 
 def test_each_cell_of_the_table_is_what_samples_csv_alone_gives(methods):
@@ -184,9 +208,12 @@ def test_each_cell_of_the_table_is_what_samples_csv_alone_gives(methods):
     cells = set()
     for row in read_csv(methods.out / "table.csv"):
         v = by_picture(methods.samples, row["model"], *sources[row["column"]])
+        unseen = row["column"] == "gold unseen"
+        error = significance.mean_error(torch.from_numpy(v), "abcd" if unseen else None)[1]
         found = [float(row[name]) for name in ("mean", "standard_error", "N")]
-        expected = [v.mean(), np.std(v, ddof=1) / len(v) ** 0.5, len(v)]
-        assert found == pytest.approx(expected, abs=1e-9), row
+        assert found == pytest.approx([v.mean(), error, v[0].size], abs=1e-9), row
+        if len(v) == 1 and v.shape[1] == 1:  # one training, one prompt: s/√N of its pictures
+            assert error == pytest.approx(v.std(ddof=1) / v.size**0.5, abs=1e-9)
         cells.add((row["model"], row["column"]))
     assert cells == set(product(["pretrained", "best of 3", *METHODS], sources)) - {
         ("best of 3", "gold unseen")}
@@ -194,33 +221,39 @@ def test_each_cell_of_the_table_is_what_samples_csv_alone_gives(methods):
 
 CLAIMS = [*(("RL is above", rl, other, "reward", "seen")
             for rl in ("DDPO_IS", "DPOK") for other in ("SFT", "RWR")),
+          ("RL is above supervised fine-tuning in alignment", "DPOK", "SFT", "gold", "seen"),
           ("Importance sampling is above", "DDPO_IS", "DDPO_SF", "reward", "seen"),
           ("The score function is above RWR", "DDPO_SF", "RWR", "reward", "seen"),
           ("With the KL term gold ends higher", "DPOK", "DPOK_no_KL", "gold", "seen"),
           ("With the KL term diversity ends higher", "DPOK", "DPOK_no_KL", "diversity", "seen"),
           *(("Gains carry over to unseen", rl, "pretrained", "gold", "unseen")
-            for rl in ("DDPO_IS", "DPOK"))]
+            for rl in ("DDPO_IS", "DPOK"))]  # of quality none: here nothing is called aesthetic
 
 
 def test_each_claim_is_what_samples_csv_alone_says(methods):
     rows = read_csv(methods.out / "claims.csv")
-    for row, (start, a, b, metric, split) in zip(rows, CLAIMS, strict=True):
+    p = significance.holm(column(rows, "p"))
+    for i, (row, (start, a, b, metric, split)) in enumerate(zip(rows, CLAIMS, strict=True)):
         assert row["claim"].startswith(start)
         assert (row["a"], row["b"], row["metric"], row["split"]) == (a, b, metric, split)
         x, y = (by_picture(methods.samples, model, metric, split) for model in (a, b))
-        mean, low, high = ev.paired_bootstrap(torch.from_numpy(x - y))
-        assert column([row], "mean") == pytest.approx([np.mean(x - y)]) == [mean]
-        assert column([row], "low") + column([row], "high") == pytest.approx([low, high])
-        assert (row["pairs"], row["verdict"]) == (str(len(x)), ev.verdict(low, high))
+        found = significance.hierarchical_bootstrap(
+            torch.from_numpy(x), torch.from_numpy(y), "abcd" if split == "unseen" else None)
+        assert column([row], "mean") == pytest.approx([np.mean(x - y)])
+        for name in ("mean", "low", "high", "p"):
+            assert column([row], name) == pytest.approx([found[name]], abs=1e-9), name
+        assert column([row], "holm") == pytest.approx([p[i]])
+        shape = tuple(int(row[name]) for name in ("seeds", "prompts", "pictures"))
+        assert shape == x.shape and shape[0] == 2
+        assert row["verdict"] == significance.verdict(found["low"], found["high"], p[i])
 
 
 def test_page_and_figures_show_the_first_seeds_pictures_and_all_seeds_rewards(methods, compared):
     rows = re.findall("class='verdict'><b>. (.*?)</b><small>(.*?) \\(", methods.page)
-    expected = [(row["verdict"].lower().removesuffix(" from chance"),
-                 f"{float(row['mean']):+.3f}".replace("-", "−"))
+    expected = [(row["verdict"], f"{float(row['mean']):+.3f}".replace("-", "−"))
                 for row in read_csv(methods.out / "claims.csv")]
-    assert len(rows) == 10 and sorted(rows) == sorted(expected)
-    assert methods.page.count("src='data:image/png;base64,") == 4
+    assert len(rows) == 11 and sorted(rows) == sorted(expected)
+    assert methods.page.count("src='data:image/png;base64,") == 6
     text = re.sub("base64,[^']*", "", methods.page)  # whose letters may spell anything
     assert not re.search("QUICK|href|https?:|@import", text)  # it needs no other file
     assert list(methods.images) == ["pretrained", "best of 3", *METHODS]
@@ -255,7 +288,7 @@ def test_a_quick_tour_draws_no_claims_and_says_so(tmp_path):
     found = evaluate(tmp_path, "--quick", "--prompts", "four stars", "--samples", "3",
                      "--rounds", "1", "--prompts-per-round", "1", "--samples-per-prompt", "2")
     assert list(dict.fromkeys(row["model"] for row in found.samples)) == [
-        "pretrained", "best of 2", *METHODS]  # the budget pays for less, which would be no choice
+        "pretrained", *METHODS]  # the budget pays for no choice
     assert "QUICK TOUR" in found.page and "Nothing can be concluded" in found.page
     assert (tmp_path / "claims.md").read_text() == ""
 
@@ -263,7 +296,7 @@ def test_a_quick_tour_draws_no_claims_and_says_so(tmp_path):
 @pytest.mark.parametrize("words", [
     "--sd", "--sd --quick", "--samples 1", "--samples 9 --seeds 2 --seed 4 --model m --reward r "
     "--gold g --prompts count --rounds 7 --prompts-per-round 3 --samples-per-prompt 6 --eta 0.6 "
-    "--learning-rate 0.002 --lora-rank 3 --lora-targets to_q conv1 --num-steps 9 "
+    "--no-tuned --lora-rank 3 --lora-targets to_q conv1 --num-steps 9 "
     "--guidance-scale 2.5 --batch-size 11 --device cpu --clip c --aesthetic-weights a "
     "--image-reward-weights i --vlm v --vlm-questions q --bert b --bert-layer 2"])
 def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(words):
@@ -276,15 +309,17 @@ def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(word
     shared = {field.name for field in fields(config)} - {"out", "sd", "seed"}
     for name, (script, *rest) in table.items():
         method, seed = name.split("_seed")
-        expected_script, own, value = METHODS[method]
+        expected_script, own = METHODS[method]
         assert script == expected_script
         module = import_module(script.removesuffix(".py").replace("/", "."))
         job = flags.parse(module.Config, None, rest, module.SD)
         expected = {field.name: field.default for field in fields(job)}
         expected |= module.SD | {"sd": True} if config.sd else {}
         expected |= {field: getattr(config, field) for field in shared & expected.keys()}
-        expected |= {own: value, "seed": config.seed + int(seed),
-                     "eval_samples": max(2, min(40, config.samples))}
+        expected |= own | {"seed": config.seed + int(seed), "keep_every": max(1, config.rounds // 4),
+                           "eval_samples": max(2, min(40, config.samples))}
+        if config.tuned:
+            expected["learning_rate"], expected["updates_per_round"] = ev.TUNED[method]
         assert vars(job) == expected
 
 

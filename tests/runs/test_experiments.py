@@ -6,6 +6,7 @@ from dataclasses import asdict
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,34 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path,
     assert run.before["prompts"] == run.after["prompts"] == training.spread_evenly(names, 2)
     assert [row["queries"] for row in run.rows] == [6, 12] == [6, verdict["queries"]]
     assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and commands.is_finished(run.folder)
+
+
+@pytest.mark.parametrize("data, needed", [("fixed", 10 + 10000), ("fresh", 1 + 10000)])
+def test_sft_times_only_what_its_updates_need(data, needed, tmp_path, monkeypatch):
+    """Each piece of work takes another power of ten, so that the sum tells which are in it."""
+    clock, rollout, step_means = [0], mdp.rollout, dpok.step_means
+
+    def timed_rollout(pipe, prompts, config, noise):
+        clock[0] += {"train": 1, "fixed set": 10}.get(noise[1], 10**6)
+        return rollout(pipe, prompts, config, noise)
+
+    def timed_means(*arguments):
+        clock[0] += 100
+        return step_means(*arguments)
+
+    def timed_reward(name, *_):
+        def reward(images, prompts):
+            clock[0] += 1000 if name == "alignment" else 10000
+            return brightness(images, prompts)
+
+        return reward
+
+    monkeypatch.setattr(mdp, "rollout", timed_rollout)
+    monkeypatch.setattr(dpok, "step_means", timed_means)
+    monkeypatch.setattr(rewards, "get_reward", timed_reward)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run = sft.main([*TINY, "--data", data, "--out", str(tmp_path)])
+    assert [row["seconds"] for row in run.rows] == [needed] * 2
 
 
 def test_without_flags_of_its_own_penalties_is_chapter_4(tmp_path, instant_rewards):
@@ -226,8 +255,8 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, capsys):
     assert (tmp_path / "other.png").is_file() and (tmp_path / "other_beta_1").is_dir()
 
 
-def test_overoptimization_runs_its_parts_and_marks_the_early_stop(fake_runs, tmp_path, capsys,
-                                                                  monkeypatch):
+def test_overoptimization_runs_its_parts_and_marks_hindsights_best(fake_runs, tmp_path, capsys,
+                                                                   monkeypatch):
     def load_vlm(name, device):
         assert (name, device) == ("my vlm", "cpu")
         return lambda images, questions: [f"{question} {image.getpixel((4, 4))[1]}"
@@ -239,7 +268,7 @@ def test_overoptimization_runs_its_parts_and_marks_the_early_stop(fake_runs, tmp
         3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
     words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path), "--", "--vlm", "my vlm"]
     drawn = overoptimization.main(words)
-    wanted = [dict(reward="image_reward", beta=beta) for beta in (0.0, 0.01, 0.1)]
+    wanted = [dict(reward="image_reward", beta=beta, keep_every=5) for beta in (0.0, 0.01, 0.1)]
     wanted.append(dict(reward="incompressibility", beta=0.0, value=False))
     for beta in (0.0, 0.03):
         wanted.append(dict(reward="vlm_strict", beta=beta, value=False, prompts="count",
@@ -249,11 +278,11 @@ def test_overoptimization_runs_its_parts_and_marks_the_early_stop(fake_runs, tmp
         common = dict(rounds=9, samples_per_prompt=48, learning_rate=2e-3, seed=3, vlm="my vlm",
                       gold="alignment", out=str(tmp_path), name=config.name)
         assert asdict(config) == asdict(dpok.Config(**common | changes))
-    for beta, (rows, stop) in zip((0.0, 0.01, 0.1), drawn["proxy"].values(), strict=True):
-        assert stop == 3 and len(rows) == 9 and rows[0]["gold"] == beta - 4
+    for beta, (rows, best) in zip((0.0, 0.01, 0.1), drawn["proxy"].values(), strict=True):
+        assert best == 3 and len(rows) == 9 and rows[0]["gold"] == beta - 4
     said = capsys.readouterr().out
     assert ("β = 0.1: over the last 5 of 9 rounds image_reward is 6.000, alignment -17.900, at 8 "
-            "nats; alignment was best, -1.400, at round 4.") in said
+            "nats; in hindsight alignment was best, -1.400, at round 4.") in said
 
     prompts = training.spread_evenly(get_prompts("count"), 32)
     threes = sum("three" in prompt for prompt in prompts) / 32  # none of them the first, still one

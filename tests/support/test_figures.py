@@ -90,11 +90,29 @@ def test_bounds_and_the_line_where_they_are_equal(axes):
     assert points(ax) == [[(0.1, 0.2), (1, 3)], [(0.1, 0.15), (1, 2)], [(0.1, 0.1), (1, 1)]]
 
 
-def test_overoptimization_marks_the_stop(axes):
+def test_overoptimization_marks_hindsights_best(axes):
     rows = [dict(kl=float(k), reward=k / 2, gold=1 - k / 4) for k in range(3)]
     figures.overoptimization("o", {"β = 0": (rows, 1)}, dict(reward="r", gold="g"), "title")
     for ax, key in zip(axes["o"], ("reward", "gold")):
         assert points(ax) == [[(k, rows[k][key]) for k in range(3)], [(1, rows[1][key])]]
+
+
+@pytest.mark.parametrize("passed, stop", [(2, [200]), (3, [])])
+def test_early_stopping_has_a_panel_a_run_and_marks_rule_stop_and_hindsight(passed, stop, axes):
+    rows = [dict(queries=100 * n, gold=n / 4, gold_se=0.1, labels_mean=n / 2, labels_se=0.2)
+            for n in range(3)]
+    figures.early_stopping("e", {"A": (rows, 1, passed, 2), "B": (rows, 0, 3, 0)}, "g", 20)
+    a, b, *_ = axes["e"]
+    assert (a.get_title(), b.get_title()) == ("A", "B")
+    shown = {line.get_label(): list(zip(*line.get_data())) for line in a.lines}
+    assert shown["truth ± s.e."] == [(0, 0), (100, 0.25), (200, 0.5)]
+    assert (shown["kept by the rule"], shown["hindsight's best"]) == ([(100, 0.25)], [(200, 0.5)])
+    ((labels, _, (bars,)),) = a.containers
+    assert labels.get_ydata().tolist() == [0, 0.5, 1]
+    assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [
+        pytest.approx(ends) for ends in ([-0.2, 0.2], [0.3, 0.7], [0.8, 1.2])]
+    dashed = [list(line.get_xdata()) for line in a.lines if line.get_linestyle() == "--"]
+    assert [x[0] for x in dashed if x] == stop
 
 
 def dots(ax):

@@ -38,8 +38,8 @@ def test_both_ends_of_a_range_are_allowed_and_nothing_beyond(name, allowed, refu
 
 
 CHAPTERS = ("01_mdp", "02_rewards", "03_ddpo", "04_dpok", "05_eval")
-EXPERIMENTS = ("frontier", "lemma", "overoptimization", "penalties", "prompt_alignment", "samples",
-               "sft", "sweep", "variance")
+EXPERIMENTS = ("early_stopping", "frontier", "lemma", "overoptimization", "penalties",
+               "prompt_alignment", "samples", "sft", "sweep", "variance")
 
 
 @pytest.mark.parametrize("script", [*CHAPTERS, *(f"experiments.{name}" for name in EXPERIMENTS)])

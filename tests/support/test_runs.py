@@ -21,6 +21,7 @@ class Config:
     rounds: int = 10
     prompts_per_round: int = 2
     samples_per_prompt: int = 3
+    keep_every: int = 0
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
     run = runs.Run(replace(config, rounds=2), "ddpo")
     film = SimpleNamespace(images=[gray(1), gray(2)], prompts=["first", "second"])
     run.add_to_film(film)
-    for n in run.rounds():
+    for n in run.rounds("pipe"):
         run.log(n, reward=torch.tensor([1.0, 2.0, 6.0]), gold=0.5, kl=torch.ones(3) * n)
     run.add_to_film(film)
     names = {"reward": "my reward", "gold": "its"}
@@ -103,7 +104,7 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
         "round,queries,picture,reward,kl", "1,6,0,1.0,0.0", "1,6,1,2.0,0.0", "1,6,2,6.0,0.0",
         "2,12,0,1.0,1.0", "2,12,1,2.0,1.0", "2,12,2,6.0,1.0"]
     assert json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8")) == verdict
-    assert (verdict["queries"], verdict["seconds"]) == (12, 5)
+    assert (verdict["queries"], verdict["seconds"]) == (12, 7)
     assert (verdict["gold"]["before"], verdict["gold"]["after"]) == (22, 52)
     runs.report(run, verdict)
     assert "11.000 ± 1.000 before    16.000 ± 1.000 after  gain +5.000" in capsys.readouterr().out
@@ -121,6 +122,37 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
     assert strips == [film.images] * 2 and drawn["weights"] == "pipe"
 
 
+def test_neither_film_nor_looks_nor_kept_weights_are_in_a_rounds_seconds(config, monkeypatch):
+    """Each piece of work takes another power of ten, so that the sums tell which are in them."""
+    clock, kept = [0.0], []
+
+    def spend(seconds):
+        clock[0] += seconds
+
+    def save_trained(pipe, folder):
+        assert json.loads((run.folder / "config.json").read_text())["keep_every"] == 2
+        kept.append((pipe, folder.relative_to(run.folder).as_posix()))
+        spend(1000)
+
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(models, "save_trained", save_trained)
+    run = runs.Run(replace(config, rounds=5, keep_every=2), "sft")
+    for n in run.rounds("pipe"):
+        if n in (0, 3):
+            spend(100)
+            run.add_to_film(SimpleNamespace(images=[gray(1)], prompts=["p"]))
+        spend(1)
+        with run.looking():
+            spend(10)
+        spend(2)
+        run.log(n, reward=torch.ones(2))
+    assert [row["seconds"] for row in run.rows] == [3] * 5
+    assert kept == [("pipe", "rounds/002"), ("pipe", "rounds/004")]
+    for _, name in kept:  # what load_run reads beside the weights
+        assert (run.folder / name / "config.json").read_text() == (
+            run.folder / "config.json").read_text()
+
+
 def test_the_film_is_kept_without_loss_and_eight_columns_of_it_are_drawn(config, drawn):
     run = runs.Run(replace(config, rounds=1), "ddpo")
     prompts = ['a "red", round one', "a\nb", *[f"{i}, 'é'" for i in range(8)]]
@@ -128,7 +160,7 @@ def test_the_film_is_kept_without_loss_and_eight_columns_of_it_are_drawn(config,
               for _ in range(2)]
     for images in frames:
         run.add_to_film(SimpleNamespace(images=images, prompts=prompts))
-        for n in run.rounds():
+        for n in run.rounds("pipe"):
             run.log(n, reward=torch.ones(2))
     read, found = runs.read_film(run.folder)
     assert read == prompts and list(found) == [0, 6]

@@ -86,10 +86,10 @@ def test_bootstrap_pairs_seeds_and_noise_and_its_p_is_that_of_its_interval():
 @pytest.mark.equation("resampling", "support.significance.resampled_deviations")
 @pytest.mark.equation("Welch's ν", "support.significance.degrees_of_freedom")
 @pytest.mark.equation("strata", "support.significance.strata_variances")
-@pytest.mark.equation("strata", "support.significance.strata_error")
+@pytest.mark.equation("standard error", "support.significance.mean_error")
 def test_errors_of_strata_by_hand_and_by_simulation():
     values, labels = torch.tensor([1.0, 10, 3, 14, 12]), list("ababb")
-    error = significance.strata_error(values, labels)
+    error = error_of(values, labels)
     assert error == pytest.approx(math.sqrt(2 * 2 + 3 * 4) / 5)
     nu = significance.degrees_of_freedom(*significance.strata_variances(values, labels))
     assert nu.item() == pytest.approx(16**2 / (4**2 + 12**2 / 2))
@@ -98,10 +98,34 @@ def test_errors_of_strata_by_hand_and_by_simulation():
     assert (found.std().item(), found.mean().item()) == pytest.approx((error, 0), abs=0.02 * error)
     size = torch.tensor([1.0] * 3 + [2.0] * 5)  # strata of other means and other spreads
     samples = 10 * size + size * randn(4000, 8)
-    squares = [significance.strata_error(row, size.tolist()) ** 2 for row in samples]
+    squares = [error_of(row, size.tolist()) ** 2 for row in samples]
     assert np.mean(squares) == pytest.approx(samples.mean(1).var().item(), rel=0.06)
     with pytest.raises(ValueError, match="a single value of 'b'"):
-        significance.strata_error(torch.zeros(3), list("aab"))
+        error_of(torch.zeros(3), list("aab"))
+
+
+def error_of(values, labels):
+    return significance.strata_variances(values, labels)[0].sum().sqrt().item()
+
+
+@pytest.mark.equation("standard error", "support.significance.mean_error")
+@pytest.mark.equation("units", "support.significance.units_of")
+@pytest.mark.equation("variances", "support.significance.variances")
+def test_mean_error_is_that_of_the_interval_and_of_one_seed_that_of_its_pictures():
+    values = randn(5, 24, 6) + randn(24, 1, seed=1) + randn(5, 1, 1, seed=2) / 4
+    values = values + torch.tensor([10.0] * 12 + [0.0] * 12)[:, None]  # strata keep this out
+    for families in (None, list("a" * 12 + "b" * 12)):
+        mean, error = significance.mean_error(values, families)
+        found = bootstrap(values, torch.zeros(1, 24, 6), families, 0, 40000, 0.6827)
+        assert mean == pytest.approx(values.double().mean().item())
+        assert (found["high"] - found["low"]) / 2 == pytest.approx(error, rel=0.25)
+    labels = [i // 6 for i in range(144)]
+    of_one = significance.mean_error(values[:1])[1]
+    assert of_one == pytest.approx(error_of(values[0].flatten(), labels), rel=1e-6)
+    units, strata = significance.units_of(values, list("a" * 23 + "b"))  # b is alone: one stratum
+    assert units.shape == (5, 24) and len(set(strata)) == 1
+    units, strata = significance.units_of(values[:, :1], ["a"])  # a single prompt: its pictures
+    assert units.shape == (5, 6) and len(set(strata)) == 1
 
 
 @pytest.mark.equation("Holm", "support.significance.holm")

@@ -1,0 +1,166 @@
+"""When should training stop? A rule that one could use, beside what hindsight would choose.
+
+The path KL says how far a model has gone, and costs no label; gold says whether it still does what
+is meant, and costs one for each picture. Rounds n = 0, 1, ..., N are the pretrained model and each
+round whose weights were kept, the last one of training too. KL_n and g_n, gold's mean, are of a few
+pictures that are new in each round; gold_n, the truth, is of many others, and no rule knows it.
+
+    m = min{n ≥ 1 : KL_n > bound}, or N + 1 where there is none
+    the rule:  training stops at round min(m, N), and k = argmax_{n < m} g_n is kept
+    price = queries_{min(m, N)} + labels·m      (beyond the bound nothing is labeled)
+    hindsight's best = argmax_{n ≤ N} gold_n
+
+Hindsight is no rule: it has seen all of training, and the truth. Its figure is chosen on the very
+pictures that it is measured on, so it is too high; those of the rule and of the end are not.
+
+RUN `python experiments/early_stopping.py --runs runs/eval/train/*_seed0`: runs of 03, 04 or sft.py
+that were trained with `--keep-every`; about ten seconds for each kept round on one CPU core.
+EXPECT an open question: does the rule keep a better round than the last one? Runs of DDPO_IS and
+SFT with tuned settings were past 40 nats at their first kept round, so only n = 0 was left.
+WRITES early_stopping.csv (a line for each run and round; "stopped": whether the rule keeps this
+round) and early_stopping.png in --out. The price counts a label as one more reward query.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import figures, flags, models, runs, training  # noqa: E402
+from support.prompts import get_prompts  # noqa: E402
+
+mdp = import_module("01_mdp")  # rollout
+rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
+dpok = import_module("04_dpok")  # step_means, path_kl
+
+
+@dataclass(frozen=True)
+class Config(rewards.RewardFlags):
+    runs: tuple[str, ...] = ()  # finished runs that were trained with --keep-every
+    gold: str = "alignment"  # what is really meant
+    labels: int = 64  # pictures of each kept round that are judged by gold for the rule
+    kl_bound: float = 20.0  # path KL, in nats, beyond which training stops
+    samples: int = 256  # other pictures of each kept round, on which its true gold is measured
+    batch_size: int = 64  # pictures per UNet call; memory, not result
+    seed: int = 0  # seed of all noise, whatever the runs' own seeds are
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    out: str = "runs/early_stopping"  # folder of all that is written
+
+
+# ---- the mathematics ------------------------------------------------------------------------
+
+
+def stop_by_rule(rounds, bound):
+    """k = argmax_{n < m} g_n,  m = min{n ≥ 1 : KL_n > bound} or N + 1.  -> k, m; rounds: dicts
+
+    k is the earliest of equals. What follows m counts for nothing, even if its KL is lower again.
+    """
+    m = 1
+    while m < len(rounds) and rounds[m]["path_kl"] <= bound:
+        m += 1
+    g = [row["labels_mean"] for row in rounds[:m]]
+    return g.index(max(g)), m
+
+
+def price(rounds, m, labels):
+    """price = queries_{min(m, N)} + labels·m: what was paid when training stopped."""
+    N = len(rounds) - 1
+    return rounds[min(m, N)]["queries"] + labels * m
+
+
+def hindsights_best(rounds):
+    """argmax_{n ≤ N} gold_n, the earliest of equals; gold_n itself is too high, being chosen."""
+    gold = [row["gold"] for row in rounds]
+    return gold.index(max(gold))
+
+
+# ---- runs and pictures ----------------------------------------------------------------------
+
+
+def kept_rounds(folder):
+    """(round, queries until then, folder of its weights) in order; None: the pretrained model."""
+    paths = {int(path.parent.name): path.parent
+             for path in Path(folder, "rounds").glob("*/config.json")}
+    if not paths:
+        raise ValueError(f"--runs {folder}: none of its rounds was kept; train with --keep-every")
+    rows = runs.read_rows(Path(folder, "metrics.csv"))
+    queries = {int(row["round"]): int(row["queries"]) for row in rows}
+    paths[max(queries)] = Path(folder)
+    return [(0, 0, None), *((n, queries[n], paths[n]) for n in sorted(paths))]
+
+
+def measure(pipe, reference, n, saved, gold, config):
+    """Round n's labels and path KL on pictures of its own, and the truth on those of all rounds."""
+    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size})
+    columns, all_prompts = {}, get_prompts(settings.prompts)
+    prompts = training.spread_evenly(all_prompts, config.labels)
+    trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", n))
+    g = rewards.score(gold, trajectory.images, prompts, config.out)
+    columns["labels_mean"], columns["labels_se"] = training.mean_se(g)
+    with reference():
+        reference_means = dpok.step_means(pipe, trajectory, settings)
+    kl = dpok.path_kl(pipe, trajectory, reference_means, settings)
+    columns["path_kl"] = kl.sum(1).mean().item()
+    prompts = training.spread_evenly(all_prompts, config.samples)
+    images = mdp.rollout(pipe, prompts, settings, (config.seed, "truth", 0)).images
+    truth = rewards.score(gold, images, prompts, config.out)
+    columns["gold"], columns["gold_se"] = training.mean_se(truth)
+    return columns
+
+
+def follow(label, folder, gold, config, bar):
+    """A run's lines of the CSV file, and k, m and hindsight's best among them."""
+    saved, rows = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")), []
+    for n, queries, path in kept_rounds(folder):
+        if path:
+            pipe, reference = models.load_run(path, config.device)
+        else:
+            pipe = models.load_pipeline(saved["model"], config.device)
+            reference = models.make_reference(pipe)
+        columns = measure(pipe, reference, n, saved, gold, config)
+        rows.append({"run": label, "round": n, "queries": queries, **columns})
+        bar.update()
+    (k, m), best = stop_by_rule(rows, config.kl_bound), hindsights_best(rows)
+    for n, row in enumerate(rows):
+        row |= {"stopped": "yes" if n == k else "no", "hindsight": "yes" if n == best else "no"}
+    return rows, k, m, best
+
+
+def print_table(found, labels):
+    print(f"\n{'run':24}{'rule: round':>12}{'KL':>8}{'gold':>16}{'price':>7}"
+          f"{'end: gold':>18}{'hindsight: round':>18}{'gold':>8}")
+    for label, (rows, k, m, best) in found.items():
+        kept, end = (f"{row['gold']:.3f} ± {row['gold_se']:.3f}" for row in (rows[k], rows[-1]))
+        print(f"{label:24}{rows[k]['round']:12}{rows[k]['path_kl']:8.2f}{kept:>16}"
+              f"{price(rows, m, labels):7}{end:>18}{rows[best]['round']:18}"
+              f"{rows[best]['gold']:8.3f}")
+    print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
+
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    folders, out = runs.labels(config.runs), Path(config.out)
+    if not folders:
+        raise ValueError("--runs: name at least one folder that was trained with --keep-every")
+    total = sum(len(kept_rounds(folder)) for folder in folders.values())
+    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "early_stopping.csv").unlink(missing_ok=True)
+    found, bar = {}, tqdm(total=total, desc="kept rounds", unit="round")
+    for label, folder in folders.items():
+        found[label] = follow(label, folder, gold, config, bar)
+        for row in found[label][0]:
+            runs.append_row(out / "early_stopping.csv", row)
+    bar.close()
+    print_table(found, config.labels)
+    figures.early_stopping(out / "early_stopping.png", found, config.gold, config.kl_bound)
+    print(f"early_stopping.csv and early_stopping.png are in {out}")
+    return found
+
+
+if __name__ == "__main__":
+    flags.run(main)
