@@ -32,13 +32,12 @@ TITLES = {"ddpo_defaults": "03 as it comes: alignment on 128 pictures from fresh
           "eval_quick": "05, the quick tour: far too little training to conclude anything",
           "tuning": "Settings of chapter 5's methods: learned reward on 200 pictures of other "
                     "prompts, one seed; the first of each method is the one chosen",
-          "eval_seeds": "05 with five seeds and the chosen settings: 1600 reward queries a training",
-          "eval_claims": "05 with five seeds: 95 % intervals over seeds and pictures (unseen: seeds "
-                         "and prompts), p after Holm's correction",
+          "eval_seeds": "05 with five seeds and the chosen settings: 1600 queries a training",
+          "eval_claims": "05 with five seeds: 95 % intervals over seeds and pictures (unseen: "
+                         "seeds and prompts), p after Holm's correction",
           "eval_prices": "05 with five seeds: learned reward at equal queries and at equal UNet "
                          "evaluations",
           "eval_best_of_n": "Best of n of the pretrained model's pictures, on the seen prompts",
-          "early_stopping": "Stopped by 64 labels and a bound on path KL, beside hindsight's best",
           "samples": "The slides' rewards: on 128 pictures from fresh noise",
           "prompt_alignment": "Trained on vlm_alignment: its mean in training, by family",
           "writing": "Paid for vlm_strict on \"n shapes\": on 128 pictures from fresh noise, and "
@@ -125,11 +124,11 @@ def measure_tuning(out):
 
 
 def measure_seeds(out):
-    """Chapter 5 with five seeds: its tables, its claims, its figures, and every picture's values."""
+    """Chapter 5 with five seeds: tables, claims, figures, and every picture's values."""
     command = ["05_eval.py", "--seeds", "5", "--jobs", "2"]
-    folder, made = measure_evaluation(out, "eval_seeds", command, SEEDS_OF_CLAIMS), {
-        "claims": "eval_claims", "prices": "eval_prices", "best_of_n": "eval_best_of_n"}
-    for file, name in made.items():
+    folder = measure_evaluation(out, "eval_seeds", command, SEEDS_OF_CLAIMS)
+    for file in ("claims", "prices", "best_of_n"):
+        name = f"eval_{file}"
         rows = [rounded(row) for row in tables.read_csv(folder / f"{file}.csv")]
         write(HERE / f"{name}.csv", TITLES[name], "python " + " ".join(command), SEEDS_OF_CLAIMS,
               rows)

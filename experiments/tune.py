@@ -12,7 +12,7 @@ DPOK_no_KL is not tuned: it has DPOK's settings, so that β is all that differs.
 
 RUN `python experiments/tune.py --jobs 2`: 50 trainings, 45 minutes on two CPU cores; what is
 finished is kept, so it can be stopped anywhere and goes on from there. EXPECT RWR to be best where
-it learns least, and differences of 0.05 to be chance: each is of one seed and 200 pictures.
+it learns least, and small differences to be chance: each figure is of one seed.
 WRITES run folders in --out, and tuning.csv with a line for each setting, best first.
 """
 import json

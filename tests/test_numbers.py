@@ -1,6 +1,7 @@
 """Every number in one place: what docstrings and README quote stands in experiments' CSV files."""
 import json
 import re
+import statistics
 from importlib import import_module
 
 import pytest
@@ -118,3 +119,16 @@ def test_verdicts_follow_from_the_csv_files_alone():
         assert float(claim["mean"]) == pytest.approx(statistics.mean(of_seeds), abs=1e-3)
         error = statistics.stdev(of_seeds) / 5**0.5  # pictures can only add to it
         assert float(claim["high"]) - float(claim["low"]) > 2 * 1.9 * error
+
+
+def test_each_method_has_the_setting_that_was_best_among_equally_many():
+    results, ev = import_module("experiments.results"), import_module("05_eval")
+    _, (names, *lines) = results.read(ROOT / "experiments" / "tuning.csv")
+    best, counts = {}, {}
+    for row in (dict(zip(names, line)) for line in lines):
+        setting = float(row["learning rate"]), int(row["updates per round"])
+        best.setdefault(row["method"], []).append((float(row["reward after"]), setting))
+        counts.setdefault(row["method"], set()).add(setting)
+    assert {method: max(found)[1] for method, found in best.items()} | {
+        "DPOK_no_KL": ev.TUNED["DPOK"]} == ev.TUNED
+    assert {len(settings) for settings in counts.values()} == {10}

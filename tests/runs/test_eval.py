@@ -316,7 +316,8 @@ def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(word
         expected = {field.name: field.default for field in fields(job)}
         expected |= module.SD | {"sd": True} if config.sd else {}
         expected |= {field: getattr(config, field) for field in shared & expected.keys()}
-        expected |= own | {"seed": config.seed + int(seed), "keep_every": max(1, config.rounds // 4),
+        expected |= own | {"seed": config.seed + int(seed),
+                           "keep_every": max(1, config.rounds // 4),
                            "eval_samples": max(2, min(40, config.samples))}
         if config.tuned:
             expected["learning_rate"], expected["updates_per_round"] = ev.TUNED[method]

@@ -143,19 +143,19 @@ def test_scores_have_a_panel_a_measure_with_its_own_numbers(axes):
     assert axes["s"][0].get_ylim() == (1.5, -0.5)  # the first model on top
 
 
-def test_generalization_is_gold_by_family_and_split_a_picture_of_two_seeds_counted_once(axes):
-    """Of each group two pictures, of seeds that differ by far more than the pictures do."""
+def test_generalization_is_gold_by_family_and_split(axes):
+    """Of each group two pictures, 0.2 apart: of one seed ± s.d./√2; of two seeds 1 apart, ± 0.5."""
     gold, rows = {("x", "seen"): 1.0, ("y", "seen"): 2.0, ("x", "unseen"): 4.0}, []
-    for seed in (0, 10):
+    for seed in (0, 1):
         for i, (family, split) in enumerate([*gold, *gold]):
-            rows.append({"picture": i, "family": family, "split": split, "reward": 99.0,
-                         "gold": gold[family, split] + 0.2 * (i > 2) + seed})
+            rows.append({"seed": seed, "family": family, "split": split, "prompt": family + split,
+                         "reward": 99.0, "gold": gold[family, split] + 0.2 * (i > 2) + seed})
     figures.draw_generalization("g", {"A": rows, "B": rows[:6], "best of 3": rows[:2]}, CONFIG, "")
     x, y = axes["g"]
     assert (x.get_title(), y.get_title()) == ("x", "y")
-    assert dots(x) == [("A", "o", 6.1, 6, 6.2), ("B", "o", 1.1, 1, 1.2),  # ± s.d./√2
-                       ("A", "s", 9.1, 9, 9.2), ("B", "s", 4.1, 4, 4.2)]
-    assert dots(y) == [("A", "o", 7.1, 7, 7.2), ("B", "o", 2.1, 2, 2.2)]
+    assert dots(x) == [("A", "o", 1.6, 1.09, 2.11), ("B", "o", 1.1, 1, 1.2),  # √(0.5² + 0.1²)
+                       ("A", "s", 4.6, 4.09, 5.11), ("B", "s", 4.1, 4, 4.2)]
+    assert dots(y) == [("A", "o", 2.6, 2.09, 3.11), ("B", "o", 2.1, 2, 2.2)]
     (legend,) = x.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["seen", "unseen"]
 
@@ -165,7 +165,7 @@ def test_no_title_is_cut_off(axes, tmp_path):
     Image.new("RGB", (400, 90)).save(tmp_path / "p.png")
     figures.frame("f", tmp_path / "p.png", title)
     figures.dots("d", {"m": {"A": {"seen": (0.0, 1.0)}}}, title)
-    figures.queries("q", {"A": ([1, 2], torch.ones(1, 2))}, "r", title)
+    figures.queries("q", {"A": ([1, 2], torch.ones(1, 2))}, ("queries", "r"), title)
     for path in "fdq":
         figure = axes[path][0].figure
         figure.draw_without_rendering()
@@ -181,7 +181,7 @@ def test_queries_are_means_of_seeds_over_the_latest_three_rounds(axes):
     for base in (0.0, 6.0):
         seeds.append([{"queries": 8.0 * (k + 1), "reward": base + r, "gold": 99.0}
                       for k, r in enumerate((3.0, 6.0, 9.0, 12.0))])
-    figures.draw_queries("q", {"A": seeds, "B": seeds[:1]}, CONFIG, "")
+    figures.draw_queries("q", {"A": seeds, "B": seeds[:1]}, CONFIG, "queries", "queries", "")
     (ax,) = axes["q"]
     assert points(ax) == [[(8, 6), (16, 7.5), (24, 9), (32, 12)],
                           [(8, 3), (16, 4.5), (24, 6), (32, 9)]]

@@ -1,4 +1,5 @@
 """The evaluation's page: what it says of given claims, and that it fits a real screen."""
+import math
 import re
 from types import SimpleNamespace
 
@@ -9,18 +10,20 @@ from support import page
 NASTY, SAFE = "<b>|& __NOTE__ \"'", "&lt;b&gt;|&amp; __NOTE__ &quot;&#x27;"
 CLAIMS = [dict(zip("claim a b metric mean low high verdict".split(), v), split="seen") for v in (
     ("X wins", "X", "Y", "reward", 0.5, 0.25, 0.75, "holds"),
-    ("X wins", "X", NASTY, "reward", -0.01, -0.25, 0.23, "cannot be told from chance"),
-    ("KL helps", "K", "L", "gold", -3.0, -4.0, -1.0, "FAILS"),
+    ("X wins", "X", NASTY, "reward", -0.01, -0.25, 0.23, "cannot be told"),
+    ("KL helps", "K", "L", "gold", -3.0, -4.0, -1.0, "fails"),
     ("X wins", "Z", "Y", "reward", 0.3, 0.125, 0.5, "holds"))]
 COLUMNS = ("reward", "gold", "gold a", "gold unseen", "aesthetic", "kB", "path_kl", "diversity")
 
 
 def write(out, claims=CLAIMS, **changes):
     """The text of a page for two models, one of which has a nasty name, and one picture."""
-    config = dict(out=out, reward="r", gold="g", others=("aesthetic", "kB"), runs=(), quick=False)
+    config = dict(out=out, reward="r", gold="g", others=("aesthetic", "kB"), runs=(), quick=False,
+                  seeds=5)
     summary = {name: (i + 0.123456, 0.04321, 9) for i, name in enumerate(COLUMNS)}
     (out / "scores.png").write_bytes(b"one")
-    page.write(SimpleNamespace(**config | changes), {"plain": summary, NASTY: summary}, claims)
+    results = {"summaries": {"plain": summary, NASTY: summary}, "claims": claims, "prices": []}
+    page.write(SimpleNamespace(**config | changes), results)
     return (out / "index.html").read_text(encoding="utf-8")
 
 
@@ -33,7 +36,7 @@ def test_findings_say_each_claim_once_a_verdict_with_its_smallest_difference(tmp
                                       "to +0.230)")]}
     assert re.findall("<h3>(.*?) of 4 comparisons</h3>", write(tmp_path)) == [
         "✓ Holds: 2", "✗ Fails: 1", "? Cannot be told: 1"]
-    for text in (write(tmp_path, quick=True), write(tmp_path, [])):
+    for text in (write(tmp_path, quick=True), write(tmp_path, []), write(tmp_path, [], seeds=1)):
         assert "<h3>Nothing can be concluded here: " in text
         assert not re.search("class='forest'|<li>|comparisons|interval", text.split("<body>")[1])
 
@@ -78,3 +81,17 @@ def test_page_fits_a_projector_and_a_phone(chromium, tmp_path):
         assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
         box = chromium.find_element("css selector", first).rect
         assert box["y"] + box["height"] < height  # on a projector, all claims at once
+
+
+def test_prices_are_a_row_a_model_and_a_column_a_budget_with_a_dash_for_what_none_paid():
+    line = {"price": "queries", "budget": 400, "model": "best of n", "n": 3, "reward": -0.194,
+            "standard_error": 0.0207}
+    text = page.price_table([line, line | {"model": NASTY, "n": "", "reward": 0.5},
+                             line | {"price": "evaluations", "budget": 64000, "model": NASTY,
+                                     "n": "", "reward": 1.0, "standard_error": math.nan}])
+    assert re.findall("<th>([^<]*)<small>([^<]*)<", text) == [
+        ("400", "reward queries"), ("64,000", "UNet evaluations")]
+    assert re.findall("<th>([^<]*)</th>(.*?)</tr>", text.split("<tbody>")[1]) == [
+        ("best of n", "<td>−0.19 <small>± 0.02</small> <small>n = 3</small></td><td>–</td>"),
+        (SAFE, "<td>0.50 <small>± 0.02</small></td><td>1.00</td>")]
+    assert page.price_table([]) == ""

@@ -37,7 +37,8 @@ def test_a_number_has_as_many_digits_as_its_error_knows():
 
 def test_claim_lines_say_who_in_what_and_by_how_much():
     claim = dict(claim="A wins", a="A", b="B", metric="gold", split="seen", mean=0.5, low=-0.25,
-                 high=1.25, verdict="cannot be told from chance", pairs=7)
+                 high=1.25, p=0.04, holm=0.48, verdict="cannot be told", seeds=5, prompts=3,
+                 pictures=7)
     assert tables.claim_lines([claim]) == [
-        "A wins: cannot be told from chance (A − B, gold on seen prompts: +0.500, 95 % interval "
-        "-0.250 to +1.250, 7 pairs)."]
+        "A wins: cannot be told (A − B, gold on seen prompts: +0.500, 95 % interval -0.250 to "
+        "+1.250, p = 0.48 by Holm; 5 seeds, 3 prompts, 7 pictures of each)."]
