@@ -191,6 +191,27 @@ def test_queries_are_means_of_seeds_over_the_latest_three_rounds(axes):
     assert (band.min(), band.max()) == pytest.approx((6 - deviation, 12 + deviation))
 
 
+def test_best_of_n_is_a_curve_with_the_trained_models_means_as_lines(axes):
+    """Only models that were trained have a line; reward above, gold below."""
+    curve = [{"n": n, "reward": n / 8, "reward_se": 0.05, "gold": 1 - n / 8, "gold_se": 0.1}
+             for n in (1, 2, 4)]
+    summaries = {m: {"reward": (k + 0.5, 0.1, 9), "gold": (k + 0.25, 0.1, 9)}
+                 for k, m in enumerate(("pretrained", "A", "B"))}
+    results = {"best_of_n": curve, "summaries": summaries}
+    figures.draw_best_of_n("n", {"A": [], "B": []}, CONFIG, results, "")
+    reward, gold = axes["n"]
+    assert (reward.get_title(), gold.get_title()) == ("reward (r)", "gold (g)")
+    assert reward.lines[0].get_xydata().tolist() == [[1, 0.125], [2, 0.25], [4, 0.5]]
+    assert gold.lines[0].get_xydata().tolist() == [[1, 0.875], [2, 0.75], [4, 0.5]]
+    assert spans(reward) == [(1, 0.075, 0.175), (2, 0.2, 0.3), (4, 0.45, 0.55)]
+    assert spans(gold) == [(1, 0.775, 0.975), (2, 0.65, 0.85), (4, 0.4, 0.6)]
+    for ax, levels in ((reward, [1.5, 2.5]), (gold, [1.25, 2.25])):
+        flat = [line for line in ax.lines if line.get_label() in summaries]
+        assert [(line.get_label(), *line.get_ydata()) for line in flat] == [
+            (model, y, y) for model, y in zip("AB", levels)]
+    assert reward.get_xscale() == "log"
+
+
 def test_same_seeds_show_two_seen_pictures_of_each_family_a_row_a_model(monkeypatch):
     calls = []
     monkeypatch.setattr(figures, "sheet", lambda *arguments, inches: calls.append(arguments))

@@ -17,7 +17,9 @@ TINY = ("--rounds 1 --num-steps 2 --prompts-per-round 1 --samples-per-prompt 4 -
 @pytest.mark.parametrize("script, words, looked_at", [
     ("03_ddpo", "", 0), ("03_ddpo", "--guidance-scale 2 --timestep-fraction 0.5", 0),
     ("04_dpok", "--no-value", 0), ("04_dpok", "--beta 0 --no-value", 8),
-    ("experiments.sft", "--data fresh", 8), ("experiments.sft", "--data fixed --beta 1", 16)])
+    ("04_dpok", "--guidance-scale 2 --timestep-fraction 0.5 --no-value", 0),
+    ("experiments.sft", "--data fresh", 8), ("experiments.sft", "--data fixed --beta 1", 16),
+    ("experiments.sft", "--data fresh --guidance-scale 2 --updates-per-round 3", 16)])
 def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path, monkeypatch):
     """looked_at: latents of forward passes that no update needs, such as a logged KL's."""
     counts, training = [0], [False]
@@ -42,6 +44,15 @@ def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path
     run = import_module(script).main([*TINY, *words.split(), "--out", str(tmp_path)])
     config = vars(run.config) | {"method": script.rpartition(".")[2].removeprefix("03_")}
     assert prices.of_a_round(config) == (4, counts[0] - looked_at)
+
+
+def test_each_line_of_metrics_gets_what_was_paid_until_then():
+    config = dict(method="ddpo", prompts_per_round=2, samples_per_prompt=3, num_steps=10,
+                  guidance_scale=1.0, timestep_fraction=0.5)  # of 6 pictures: 60 + 30·3
+    rows = [{"queries": 6.0, "reward": 1.0}, {"queries": 18.0, "reward": 2.0}]
+    assert prices.add_evaluations(rows, config) == [
+        {"queries": 6, "reward": 1, "evaluations": 150},
+        {"queries": 18, "reward": 2, "evaluations": 450}]
 
 
 def test_what_a_budget_buys_by_hand():
