@@ -18,10 +18,10 @@ ask whether a difference would come back with the next training: seeds are the u
     KL(best of n ‖ one draw) ≤ log n − (n−1)/n                         (Beirami et al., 2401.01879)
 
 RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, then looks
-at run folders only, and writes runs/eval/index.html. `--seeds 5` trains five times, and only with
-several seeds claims are judged. `--quick` is a tour of two minutes, `--runs A B` compares any run
-folders, `--ballot` asks people and `--votes FILES` counts them. EXPECT best of n to be ahead in
-the reward that it was chosen by. DEPARTURES. Only learning rate and updates per round are tuned.
+at run folders only, and writes runs/eval/index.html. `--seeds 5` trains five times: claims are
+judged only where there are several seeds. `--quick` is a tour of two minutes, `--runs A B` compares
+any run folders, `--ballot` asks people and `--votes FILES` counts them. EXPECT best of n to be
+ahead in the reward that it was chosen by. DEPARTURES. Only learning rate and updates are tuned.
 EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's default run: `--prompts
 location --runs runs/ddpo_is_alignment_location`. (3) Vote twice: do you agree with yourself?
 """
@@ -81,12 +81,12 @@ class Config(rewards.RewardFlags):
     rounds: int = 20  # rounds of training
     prompts_per_round: int = 5  # prompts per round
     samples_per_prompt: int = 16  # pictures of each of them
-    tuned: bool = True  # each method's learning rate and updates from TUNED, not its script's own
+    tuned: bool = True  # tuned learning rate and updates per round, not each script's
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     samples: int = 50  # pictures a model and prompt family, of seen and unseen prompts each
     best_of: int = 64  # the largest n of best of n
-    seeds: int = 1  # training runs of each method; claims need two, and better five
+    seeds: int = 1  # trainings of each method; claims need at least two, better five
     jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step
@@ -161,11 +161,11 @@ def plan(config):
     rows = []
     for s, split in enumerate(("seen", "unseen")):
         prompts = {family: both[s] for family, both in families(config.prompts).items()}
-        most = min(max(map(len, prompts.values())), max(1, config.samples // 4))
-        each = max(2, config.samples // max(1, most))
+        P = min(max(map(len, prompts.values())), max(1, config.samples // 4))  # of a family
+        K = max(2, config.samples // max(1, P))  # pictures of each
         for family, own in prompts.items():
-            for prompt in dict.fromkeys(training.spread_evenly(own, most)):
-                rows += [{"family": family, "split": split, "prompt": prompt}] * each
+            for prompt in dict.fromkeys(training.spread_evenly(own, P)):
+                rows += [{"family": family, "split": split, "prompt": prompt}] * K
     return rows
 
 
@@ -185,8 +185,8 @@ def evaluate(pipe, reference, requests, measures, config):
 
 
 def best_of_n(affordable, pipe, requests, measures, config):
-    """n -> the same of the best by reward of n pretrained pictures, n = 1, 2, 4, ... and others."""
-    sizes = {2**k for k in range(32)} | set(affordable)
+    """n -> what evaluate gives, of the best by reward of n pretrained pictures for each request."""
+    sizes = {2**k for k in range(32)} | set(affordable)  # the values of n that are measured
     prompts = [row["prompt"] for row in requests]
     best_images, best_r, found = [None] * len(requests), [-math.inf] * len(requests), {}
     for k in tqdm(range(config.best_of), "best of n", leave=False):
@@ -259,7 +259,7 @@ def compare(config):
         new_rows, drawn = evaluate(pipe, reference, requests, measures, config)
         rows.setdefault(label, []).extend(dict(row, seed=seed) for row in new_rows)
         images.setdefault(label, drawn)  # of several seeds, the first one's are shown
-    found = [] if config.quick or config.seeds == 1 else claims(rows)
+    found = claims(rows) if config.seeds > 1 and not (config.quick or config.runs) else []
     results = tables.write_evaluation(config, rows, best, curves, found)
     figures.evaluation(config, requests, rows, images, curves, results)
     return rows, results

@@ -62,7 +62,7 @@ class Config(rewards.RewardFlags):
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
-    keep_every: int = 0  # rounds after which the weights so far are kept as well; 0: never
+    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     name: str | None = None  # the run's folder in --out; default: made from what is run

@@ -60,12 +60,12 @@ def write(config, results):
 def first_screen(claims, config):
     """The findings, and beside them the forest plot; neither where nothing can be concluded."""
     if config.quick or not claims:
-        reason = "no claim is about these models"
+        reason = ("one training says little of the next. Claims are judged with --seeds 5, and "
+                  "experiments/README.md has those of five seeds")
         if config.quick:
             reason = "a quick tour trains far too little"
-        elif not config.runs and config.seeds == 1:
-            reason = ("one training says little of the next. Claims are judged with --seeds 5, "
-                      "and experiments/README.md has those of five seeds")
+        elif config.runs:
+            reason = "each of these runs is one training, which says little of the next"
         return ("<div class='findings'><section class='unknown'><h3>Nothing can be concluded "
                 f"here: {reason}.</h3></section></div>")
     cards = []

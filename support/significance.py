@@ -66,8 +66,10 @@ def units_of(values, families=None):
     S, P, K = values.shape
     if families is None or P == 1:
         return values.flatten(1), [i // K for i in range(P * K)]
-    alone = 1 in Counter(families).values()
-    return values.mean(2), [0] * P if alone else list(families)
+    strata = list(families)
+    if 1 in Counter(families).values():
+        strata = [0] * P
+    return values.mean(2), strata
 
 
 def unit_share(units, strata):

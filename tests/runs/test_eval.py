@@ -284,6 +284,15 @@ def test_runs_of_one_name_are_two_models_and_nothing_of_an_earlier_call_stays(co
     assert found.page.count("<img") == 3 and "Nothing can be concluded" in found.page
 
 
+def test_two_runs_draw_no_claims_even_if_they_have_the_names_of_methods(compared, tmp_path):
+    folders = [shutil.copytree(compared.folders["adapters"], tmp_path / name)
+               for name in ("DPOK", "SFT")]
+    found = evaluate(tmp_path / "eval", "--runs", *map(str, folders), "--seeds", "2",
+                     "--prompts", "four stars", "--samples", "2")
+    assert "each of these runs is one training" in found.page
+    assert not (tmp_path / "eval" / "claims.csv").exists()
+
+
 def test_a_quick_tour_draws_no_claims_and_says_so(tmp_path):
     found = evaluate(tmp_path, "--quick", "--prompts", "four stars", "--samples", "3",
                      "--rounds", "1", "--prompts-per-round", "1", "--samples-per-prompt", "2")
