@@ -3,7 +3,8 @@
 The path KL says how far a model has gone, and costs no label; gold says whether it still does what
 is meant, and costs one for each picture. Rounds n = 0, 1, ..., N are the pretrained model and each
 round whose weights were kept, the last one of training too. KL_n and g_n, gold's mean, are of a few
-pictures that are new in each round; gold_n, the truth, is of many others, and no rule knows it.
+pictures, from the same noise in all rounds of a run, so that no round is ahead by its noise alone;
+gold_n, the truth, is of many others, and no rule knows it.
 
     m = min{n ≥ 1 : KL_n > bound}, or N + 1 where there is none
     the rule:  training stops at round min(m, N), and k = argmax_{n < m} g_n is kept
@@ -46,7 +47,7 @@ class Config(rewards.RewardFlags):
     kl_bound: float = 100.0  # path KL, in nats, beyond which training stops
     samples: int = 256  # other pictures of each kept round, on which its true gold is measured
     batch_size: int = 64  # pictures per UNet call; memory, not result
-    seed: int = 0  # seed of all noise, whatever the runs' own seeds are
+    seed: int = 0  # seed of the noise; that of the labels depends on the run's own seed, too
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/early_stopping"  # folder of all that is written
 
@@ -93,12 +94,12 @@ def kept_rounds(folder):
     return [(0, 0, None), *((n, queries[n], paths[n]) for n in sorted(paths))]
 
 
-def measure(pipe, reference, n, saved, gold, config):
-    """Round n's labels and path KL on pictures of its own, and the truth on those of all rounds."""
+def measure(pipe, reference, saved, gold, config):
+    """Labels and path KL on the noise of the run's own seed, and the truth on that of all runs."""
     settings = SimpleNamespace(**saved | {"batch_size": config.batch_size})
     columns, all_prompts = {}, get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
-    trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", n))
+    trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", saved["seed"]))
     g = rewards.score(gold, trajectory.images, prompts, config.out)
     columns["labels_mean"], columns["labels_se"] = training.mean_se(g)
     with reference():
@@ -121,7 +122,7 @@ def follow(label, folder, gold, config, bar):
         else:
             pipe = models.load_pipeline(saved["model"], config.device)
             reference = models.make_reference(pipe)
-        columns = measure(pipe, reference, n, saved, gold, config)
+        columns = measure(pipe, reference, saved, gold, config)
         rows.append({"run": label, "round": n, "queries": queries, **columns})
         bar.update()
     (k, m), best = stop_by_rule(rows, config.kl_bound), hindsights_best(rows)

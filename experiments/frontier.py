@@ -16,10 +16,11 @@ has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
 RUN `python experiments/frontier.py --runs runs/sweep_beta_*`: some minutes on two CPU cores. What
 is drawn is kept block by block, so it can be stopped anywhere and goes on from there.
 EXPECT best of n close under the curve, and the runs far to its right.
-WRITES frontier.csv, best_of_n.csv and frontier.png in --out, beside the cache pictures.csv. Errors
-are standard errors by a bootstrap over pictures, the curve's at equal KL. A small β rests on few
-pictures: where fewer than 50 effective ones are left, ESS = (Σ w)²/Σ w², the curve ends. It is
-concave and its slope is β, so its last tangent (dotted) is still a bound.
+WRITES frontier.csv, best_of_n.csv, table.csv (all that is printed) and frontier.png in --out,
+beside the cache pictures.csv. Errors are standard errors by a bootstrap over pictures, the curve's
+at equal KL. A small β rests on few pictures: where fewer than 50 effective ones are left, ESS =
+(Σ w)²/Σ w², the curve ends. It is concave and its slope is β, so its last tangent (dotted) is still
+a bound.
 """
 import json
 import math
@@ -68,6 +69,7 @@ class Config(rewards.RewardFlags):
 
 SAME = ("model", "reward", "prompts", "num_steps", "eta", "guidance_scale",
         *(field.name for field in fields(rewards.RewardFlags)))  # of pictures and of all runs
+MEANS = ("reward", "reward_se", "gold", "gold_se")
 POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
 
 # ---- the mathematics ------------------------------------------------------------------------
@@ -193,16 +195,31 @@ def rows_of(names, *columns):
     return [dict(zip(names, line, strict=True)) for line in np.column_stack(columns).tolist()]
 
 
-def print_table(curve, best, ends, config):
-    line = "{:32}{reward:10.3f} ± {reward_se:.3f}{gold:10.3f} ± {gold_se:.3f}"
-    print(f"\n{'KL, nats':32}{config.reward:>18}{config.gold:>18}")
+def table_of(curve, best, ends):
+    """A line for each tenth point of the curve, best of n and each run: its KL lies between two.
+
+    No distribution has such a reward at less KL than the curve ("KL at least"), and Lemma 4.2 and
+    best of n's formula say what it is at most.
+    """
+    rows = []
     for row in curve[::-10][::-1]:  # every tenth, the last one too
-        print(line.format(f"{row['kl']:.3f}, β = {row['beta']:.3g}", **row))
+        rows.append({"what": f"β = {row['beta']:.3g}", "KL at least": row["kl"],
+                     "KL at most": row["kl"], **{name: row[name] for name in MEANS}})
     for row in best:
-        print(line.format(f"≤ {row['kl_bound']:.3f}, best of {row['n']:.0f}", **row))
-    for label, ((r, r_se), (g, g_se), (kl, _)) in ends.items():
-        bounds = f"{least_kl(curve, r):.3f} to {kl:.1f}, {label}"
-        print(line.format(bounds, reward=r, reward_se=r_se, gold=g, gold_se=g_se))
+        rows.append({"what": f"best of {row['n']:.0f}",
+                     "KL at least": least_kl(curve, row["reward"]),
+                     "KL at most": row["kl_bound"], **{name: row[name] for name in MEANS}})
+    for label, (reward, gold, (kl, _)) in ends.items():
+        rows.append({"what": label, "KL at least": least_kl(curve, reward[0]), "KL at most": kl,
+                     **dict(zip(MEANS, (*reward, *gold)))})
+    return rows
+
+
+def print_table(rows, config):
+    print(f"\n{'':24}{'KL at least':>12}{'at most':>10}{config.reward:>18}{config.gold:>18}")
+    for row in rows:
+        print("{what:24}{KL at least:12.3f}{KL at most:10.3f}{reward:10.3f} ± {reward_se:.3f}"
+              "{gold:10.3f} ± {gold_se:.3f}".format(**row))
 
 
 def main(argv=None):
@@ -221,11 +238,13 @@ def main(argv=None):
                    [ev.best_of_n_kl(n) for n in NS], NS)
     tables.write_csv(out / "frontier.csv", curve)
     tables.write_csv(out / "best_of_n.csv", best)
-    print_table(curve, best, ends, config)
+    rows = table_of(curve, best, ends)
+    tables.write_csv(out / "table.csv", rows)
+    print_table(rows, config)
     figures.frontier(out / "frontier.png", curve, best, ends, (
         f"proxy: {config.reward} (nothing is above the curve)",
         f"gold: {config.gold} (the curve is no bound)"))
-    print(f"frontier.csv, best_of_n.csv and frontier.png are in {out}")
+    print(f"frontier.csv, best_of_n.csv, table.csv and frontier.png are in {out}")
     return curve, best, ends
 
 

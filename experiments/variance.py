@@ -14,7 +14,7 @@ r − V(x_t, z, t) less the others' mean, which is chapter 4's. Three minutes on
 EXPECT the others' mean to take off most of it, and V a smaller part of what is left, once it has
 seen enough rounds. TRY `--rounds 5`, or one prompt: `--prompts bias --prompts-per-round 1
 --samples-per-prompt 64`.
-WRITES nothing.
+WRITES variance.csv in --out.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, training  # noqa: E402
+from support import flags, models, tables, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -63,6 +63,7 @@ class Config(rewards.RewardFlags):
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    out: str = "runs/variance"  # folder of variance.csv
     sd: bool = False  # chapter 4's settings for the full model become the defaults
 
 
@@ -144,8 +145,12 @@ def main(argv=None):
     baseline = variances["r − mean of others"]
     print(f"\nVariance of the gradient after {config.rounds} rounds, by advantage; and relative to "
           "r − mean of others")
-    for name, variance in variances.items():
-        print(f"{name:26}{variance:12.4g}{variance / baseline:9.2f}")
+    rows = [{"advantage": name, "variance": variance, "relative": variance / baseline}
+            for name, variance in variances.items()]
+    for row in rows:
+        print("{advantage:26}{variance:12.4g}{relative:9.2f}".format(**row))
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    tables.write_csv(Path(config.out, "variance.csv"), rows)
     return variances
 
 

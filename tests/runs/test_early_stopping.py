@@ -101,7 +101,8 @@ def test_labels_truth_and_path_kl_are_what_the_folders_alone_give(run, places, j
         tuned = pipe if place is None else models.load_run(folders[run] / place, "cpu")[0]
         tuned.scheduler.set_timesteps(DRAW.num_steps)
         for column, error, purpose, address, samples in (
-                ("labels_mean", "labels_se", LABELS, n, 3), ("gold", "gold_se", TRUTH, 0, 5)):
+                ("labels_mean", "labels_se", LABELS, 5, 3),  # 5: the runs' seed
+                ("gold", "gold_se", TRUTH, 0, 5)):
             prompts = oracles.in_turn(PROMPTS, samples)
             chains, images = oracles.draw_all(tuned, tuned.scheduler, DRAW, prompts, purpose,
                                               address)
@@ -140,13 +141,13 @@ def test_the_file_and_the_table_say_which_round_the_rule_and_hindsight_choose(ju
             f"{of_run[best]['round']} {of_run[best]['gold']:.3f}").split()
 
 
-def test_noise_of_labels_is_another_in_each_round_and_of_the_truth_the_same(pipe, monkeypatch):
+def test_noise_of_labels_is_of_the_runs_seed_and_of_the_truth_the_same_for_all(pipe, monkeypatch):
     noise, rollout = [], es.mdp.rollout
     monkeypatch.setattr(es.mdp, "rollout", lambda *a: noise.append(a[-1]) or rollout(*a))
     saved = {"num_steps": 2, "eta": 1.0, "guidance_scale": 1.0, "prompts": "four stars"}
     config = es.Config(labels=2, samples=2, seed=9)
-    for n in (0, 7):
-        es.measure(pipe, models.make_reference(pipe), n, saved, warmth, config)
+    for seed in (0, 7):
+        es.measure(pipe, models.make_reference(pipe), saved | {"seed": seed}, warmth, config)
     assert noise == [(9, "labels", 0), (9, "truth", 0), (9, "labels", 7), (9, "truth", 0)]
 
 

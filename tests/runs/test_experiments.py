@@ -1,4 +1,5 @@
 """The experiments as they are started, with tiny flags: what they write, skip, refuse and leave."""
+import csv
 import json
 import subprocess
 import sys
@@ -180,15 +181,20 @@ def test_lemma_from_another_folder(tmp_path):
 
 
 def test_variance_compares_three_advantages_of_an_unseen_round(monkeypatch, instant_rewards,
-                                                               capsys):
+                                                               tmp_path, capsys):
     fits = keep_calls(monkeypatch, dpok.Value, "fit")
     steps = keep_calls(monkeypatch, dpok, "accumulate")
     calls = keep_calls(monkeypatch, variance, "gradient_variance")
-    variances = variance.main([*SMALL, "--groups", "4", "--prompts-per-round", "2", "--eta", "0.5"])
+    variances = variance.main([*SMALL, "--groups", "4", "--prompts-per-round", "2", "--eta", "0.5",
+                               "--out", str(tmp_path / "new")])
     r_alone, others, _ = variances.values()
     assert r_alone > 2 * others  # prompts differ by more than the pictures of one
     relative = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-3:]]
     assert relative == pytest.approx([v / others for v in variances.values()], abs=0.006)
+    with open(tmp_path / "new" / "variance.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["advantage"]: float(row["variance"]) for row in rows} == variances
+    assert [round(float(row["relative"]), 2) for row in rows] == relative
     pipe, _, trajectory, _, _, config, n = calls[0]
     assert trajectory.prompts == training.prompts_of_round(get_prompts("tasks"), config, n)
     r = torch.tensor(brightness(trajectory.images, trajectory.prompts))[:, None].expand(8, 3)
