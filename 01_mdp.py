@@ -37,7 +37,7 @@ from support import figures, flags, models, training
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.MachineFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
     prompts: tuple[str, ...] = (  # one trajectory for each
         "a red circle", "two blue squares", "a blue star on the left",
@@ -45,15 +45,13 @@ class Config:
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's, 0 (no randomness, so no policy) is refused
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     seed: int = 0  # seed of all noise
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/01_mdp/beliefs.png"  # where the picture goes
     sd: bool = False  # the full model's settings become the defaults
 
 
 SD = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", prompts=("a dog riding a bike",),
-          num_steps=50, guidance_scale=5.0, batch_size=1)
+          num_steps=50, guidance_scale=5.0, dtype="bfloat16", batch_size=8)
 
 
 def forward_process(scheduler, x_0, t, eps):
@@ -153,8 +151,8 @@ def standardize(x, mean, std):
     """z = (x − μ)/σ in float32 or better, and 0 where σ = 0.  (B,C,H,W), same, (B,1,1,1)"""
     assert x.shape == mean.shape and x.ndim == 4, (x.shape, mean.shape)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    difference = x.to(dtype) - mean.to(dtype)
     std = std.to(dtype)
+    difference = x.to(std) - mean.to(std)
     # Never divide by 0, not even in a branch thrown away: its gradient would be 0·∞ = NaN.
     return torch.where(std > 0, difference, 0) / torch.where(std > 0, std, 1)
 
@@ -205,8 +203,8 @@ def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
 @dataclass
 class Trajectory:
     """B chains: s_k = (c, timesteps[k], latents[:, k]),  a_k = latents[:, k + 1]."""
-    latents: torch.Tensor  # (B,T+1,C,H,W) float32; [:, 0] is x_T and [:, -1] is x_0
-    means: torch.Tensor  # (B,T,C,H,W), μ_θ at s_k, of the policy that drew the chains
+    latents: torch.Tensor  # (B,T+1,C,H,W) float32; [:, 0] is x_T and [:, -1] is x_0; on the CPU
+    means: torch.Tensor  # (B,T,C,H,W), μ_θ at s_k, of the policy that drew the chains; on the CPU
     log_probs: torch.Tensor  # (B,T), of a_k given s_k, under the same policy
     timesteps: torch.Tensor  # (T,), falling
     prompt_embeds: torch.Tensor  # (B,L,D)
@@ -234,21 +232,22 @@ def rollout(pipe, prompts, config, noise):
     C, H, W = models.latent_shape(pipe)
     prompt_embeds = models.encode_prompts(pipe, prompts)
     negative_embeds = models.encode_prompts(pipe, [""]) if config.guidance_scale != 1 else None
-    latents = torch.empty(B, T + 1, C, H, W, device=pipe.device)
-    means = torch.empty(B, T, C, H, W, device=pipe.device)
+    latents = torch.empty(B, T + 1, C, H, W)  # on the CPU: a round's are too large for a GPU
+    means = torch.empty(B, T, C, H, W)
     log_probs = torch.empty(B, T, device=pipe.device)
 
     bar = tqdm(total=B * T, desc="rollout", leave=False, delay=2)
     for rows in torch.arange(B).split(config.batch_size):
         z = torch.stack([training.gaussian((T + 1, C, H, W), *noise, i) for i in rows.tolist()])
-        z = z.to(pipe.device)
-        latents[rows, 0] = z[:, 0]
+        x_t, *z = z.to(pipe.device).unbind(1)
+        latents[rows, 0] = x_t.cpu()
         for k in range(T):
-            mean, std = policy(pipe, latents[rows, k], timesteps[k], prompt_embeds[rows],
-                               negative_embeds, config)
-            means[rows, k] = mean
-            latents[rows, k + 1] = mean + std * z[:, k + 1]
-            log_probs[rows, k] = log_prob(latents[rows, k + 1], mean, std)
+            mean, std = policy(pipe, x_t, timesteps[k], prompt_embeds[rows], negative_embeds,
+                               config)
+            x_t = mean + std * z[k]
+            log_probs[rows, k] = log_prob(x_t, mean, std)
+            latents[rows, k + 1] = x_t.cpu()
+            means[rows, k] = mean.cpu()
             bar.update(len(rows))
     bar.close()
     return Trajectory(latents, means, log_probs, timesteps, prompt_embeds, negative_embeds,
@@ -257,15 +256,16 @@ def rollout(pipe, prompts, config, noise):
 
 def policy_at(pipe, trajectory, i, k, config):
     """Mean and std of pipe's present policy at step k of chain i.  (N,), (N,) -> as `policy`"""
-    return policy(pipe, trajectory.latents[i, k], trajectory.timesteps[k],
-                  trajectory.prompt_embeds[i], trajectory.negative_embeds, config)
+    x_t = trajectory.latents[i, k].to(trajectory.timesteps.device)
+    return policy(pipe, x_t, trajectory.timesteps[k], trajectory.prompt_embeds[i],
+                  trajectory.negative_embeds, config)
 
 
 @torch.no_grad()
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD)
     out = flags.picture_path(config.out)
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     trajectory = rollout(pipe, config.prompts, config, noise=(config.seed, "examples", 0))
     pictures = torch.arange(len(trajectory.prompts))
     print(f"{trajectory.prompts[0]!r}, one of a batch of {len(pictures)}; "

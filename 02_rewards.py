@@ -55,14 +55,13 @@ class Config(RewardFlags):
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's, a smaller number means less
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
-    batch_size: int = 16  # pictures that are drawn at once; changes memory and time only
     seed: int = 0  # seed of all noise
     show: int = 12  # how many pictures of a reward's ranking to show, from best to worst
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/02_rewards/best_worst.png"  # where the sheet goes
 
 
 SD = dict(
+    dtype="bfloat16", batch_size=8,
     model="stable-diffusion-v1-5/stable-diffusion-v1-5", num_steps=50, guidance_scale=5.0,
     prompts=("a dog riding a bike", "a cat playing chess", "a bear washing the dishes"),
     rewards=("compressibility", "aesthetic", "image_reward", "vlm_alignment"),
@@ -269,7 +268,7 @@ def main(argv=None):
     out = flags.picture_path(config.out)
     names = reward_names(config.rewards)
     rewards = [get_reward(name, config, config.device, "--rewards") for name in names]
-    pipe = load_pipeline(config.model, config.device)
+    pipe = load_pipeline(config.model, config.device, config.dtype)
     prompts = []
     for prompt in config.prompts:
         prompts += [prompt] * config.samples

@@ -42,7 +42,7 @@ rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 
 
 @dataclass(frozen=True)
-class Config(rewards.RewardFlags):
+class Config(rewards.RewardFlags, flags.TrainFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
     reward: str = "alignment"  # chapter 2's, a sum like alignment=1,aesthetic=0.2, or file.py:name
     prompts: str = "location"  # a shape family, animals, activities, tasks, a file, or one prompt
@@ -51,7 +51,6 @@ class Config(rewards.RewardFlags):
     prompts_per_round: int = 8  # prompts per round, drawn in turn from shuffled passes
     samples_per_prompt: int = 16  # pictures of each of them; the others' mean is the baseline
     updates_per_round: int | None = None  # optimizer steps per round (K); default: sf 1, is 2
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     num_steps: int = 10  # denoising steps T
     timestep_fraction: float = 1.0  # share of each picture's steps to train on, drawn at random
     eta: float = 1.0  # noise of a step: 1 is DDPM's
@@ -66,13 +65,7 @@ class Config(rewards.RewardFlags):
     advantage_clip: float = 5.0  # advantages are cut to ± this
     lora_rank: int = 0  # rank of LoRA; 0 trains all weights
     lora_targets: tuple[str, ...] = models.ATTENTION  # layers with adapters
-    eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
-    film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
-    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
-    name: str | None = None  # the run's folder in --out; default: made from what is run
-    out: str = "runs"  # folder of all runs
     sd: bool = False  # the published settings for the full model become the defaults
 
 
@@ -80,8 +73,9 @@ SD = dict(  # DDPO's, for the aesthetic score; LoRA and its learning rate are th
     model="CompVis/stable-diffusion-v1-4", reward="aesthetic", prompts="animals",
     clip="openai/clip-vit-large-patch14",
     aesthetic_weights="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-    rounds=200, prompts_per_round=256, samples_per_prompt=1, updates_per_round=4, batch_size=4,
-    num_steps=50, guidance_scale=5.0, learning_rate=3e-4, lora_rank=4,
+    rounds=200, prompts_per_round=256, samples_per_prompt=1, updates_per_round=4, batch_size=8,
+    train_batch_size=4, dtype="bfloat16", checkpointing=True, num_steps=50, guidance_scale=5.0,
+    learning_rate=3e-4, lora_rank=4,
     max_grad_norm=50.0,  # the published 1 is of a mean over T = 50 steps; here they are summed
     clip_range=1e-4, ratio="per_dim", step_weight="none", baseline="running")
 
@@ -222,7 +216,7 @@ def accumulate(pipe, trajectory, advantage, pictures, config, n):
     all_i, all_k = training.step_pairs(pictures, T, config, n)
     share = 1 / len(all_i)
     stats = {"clip_fraction": 0.0, "kl_old": 0.0}
-    for i, k in training.batches(all_i, all_k, config.batch_size, pipe.device):
+    for i, k in training.batches(all_i, all_k, config.train_batch_size):
         mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
         log_prob = mdp.log_prob(trajectory.latents[i, k + 1], mean, std)
         old_log_prob = trajectory.log_probs[i, k]
@@ -256,7 +250,7 @@ def train(config):
     all_prompts = get_prompts(config.prompts)
     film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
     reward = rewards.get_reward(config.reward, config, config.device)
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     scale = step_weights(pipe.scheduler, config).to(pipe.device)
     params = models.trainable(pipe, config)
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)

@@ -41,7 +41,7 @@ ddpo = import_module("03_ddpo")  # print_clip, step_weights, mean_of_others
 
 
 @dataclass(frozen=True)
-class Config(rewards.RewardFlags):
+class Config(rewards.RewardFlags, flags.TrainFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
     reward: str = "image_reward"  # one of chapter 2's, a sum as in chapter 3, or file.py:name
     gold: str = "alignment"  # what is really meant: measured, never optimized
@@ -50,7 +50,6 @@ class Config(rewards.RewardFlags):
     prompts_per_round: int = 1  # prompts per round, drawn in turn from shuffled passes
     samples_per_prompt: int = 64  # pictures of each of them; the others' mean is the baseline
     updates_per_round: int = 2  # optimizer steps per round (K), each on its share of the pictures
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     num_steps: int = 10  # denoising steps T
     timestep_fraction: float = 1.0  # share of each picture's steps to train on, drawn at random
     eta: float = 1.0  # noise of a step: 1 is DDPM's
@@ -67,13 +66,7 @@ class Config(rewards.RewardFlags):
     value_rounds: int = 4  # V is fitted on this many latest rounds
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
-    eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
-    film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
-    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
-    name: str | None = None  # the run's folder in --out; default: made from what is run
-    out: str = "runs"  # folder of all runs
     sd: bool = False  # the published settings for the full model become the defaults
 
 
@@ -82,8 +75,9 @@ SD = dict(  # DPOK's for one prompt, with aesthetic in the place of gold
     image_reward_weights="THUDM/ImageReward/ImageReward.pt", gold="aesthetic",
     clip="openai/clip-vit-large-patch14",
     aesthetic_weights="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-    rounds=2000, samples_per_prompt=10, updates_per_round=5, batch_size=4, num_steps=50,
-    guidance_scale=7.5, learning_rate=1e-5, lora_rank=4, lora_targets=models.ATTENTION,
+    rounds=2000, samples_per_prompt=10, updates_per_round=5, batch_size=8, train_batch_size=4,
+    dtype="bfloat16", checkpointing=True, num_steps=50, guidance_scale=7.5, learning_rate=1e-5,
+    lora_rank=4, lora_targets=models.ATTENTION,
     max_grad_norm=5.0,  # the published 0.1 is of a mean over T = 50 steps; here they are summed
     clip_range=1e-4, ratio="per_dim", step_weight="none", alpha=10.0, beta=0.01)
 
@@ -110,8 +104,8 @@ def step_means(pipe, trajectory, config):
     means = torch.empty_like(trajectory.means)
     B, T = trajectory.log_probs.shape
     i, k = torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B)
-    for i, k in training.batches(i, k, config.batch_size, pipe.device):
-        means[i, k], _ = mdp.policy_at(pipe, trajectory, i, k, config)
+    for i, k in training.batches(i, k, config.batch_size):
+        means[i, k] = mdp.policy_at(pipe, trajectory, i, k, config)[0].cpu()
     return means
 
 
@@ -141,23 +135,26 @@ class Value:
         with torch.random.fork_rng():  # torch draws first weights from the global generator
             torch.manual_seed(training.torch_seed(config.seed, "value"))
             self.net = models.ValueNet(channels, width).to(pipe.device)
+        self.device = pipe.device
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=1e-2)
         self.config = config
         self.rounds = []  # the latest (x_t, c, t, r), each (B·T, ...)
-        self.mean, self.std = 0.0, 0.0
+        self.mean, self.std = torch.zeros(2)
 
     def states(self, trajectory):
-        """x_t, the prompt's mean token, t of all (picture, step) pairs, pictures first."""
+        """x_t, the prompt's mean token, t of all (picture, step) pairs, pictures first, on the CPU"""
         B, T = trajectory.log_probs.shape
-        c = trajectory.prompt_embeds.float().mean(1)
+        c = trajectory.prompt_embeds.float().mean(1).cpu()
         return (trajectory.latents[:, :-1].flatten(0, 1), c.repeat_interleave(T, 0),
-                trajectory.timesteps.repeat(B))
+                trajectory.timesteps.cpu().repeat(B))
 
     @torch.no_grad()
     def predict(self, trajectory):
         """V at every step of every picture.  -> (B,T)"""
-        V = self.mean + self.std * self.net(*self.states(trajectory))
-        return V.view(trajectory.log_probs.shape)
+        V = []
+        for states in zip(*(column.split(256) for column in self.states(trajectory))):
+            V.append(self.net(*(column.to(self.device) for column in states)))
+        return (self.mean + self.std * torch.cat(V)).view(trajectory.log_probs.shape)
 
     def fit(self, trajectory, r, n, batch_size=256):
         """One pass over the latest rounds, this one included, towards the final rewards r (B,)."""
@@ -168,8 +165,9 @@ class Value:
         self.mean, self.std = target.mean(), target.std().clamp(min=1e-6)
         target = (target - self.mean) / self.std
         order = training.random_stream(self.config.seed, "value batches", n).permutation(len(t))
-        for rows in torch.from_numpy(order).to(t.device).split(batch_size):
-            error = self.net(x_t[rows], c[rows], t[rows]) - target[rows]
+        for rows in torch.from_numpy(order).split(batch_size):
+            *states, goal = (column[rows].to(self.device) for column in (x_t, c, t, target))
+            error = self.net(*states) - goal
             error.square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -208,7 +206,7 @@ def accumulate(pipe, trajectory, reference_means, advantage, pictures, config, n
     all_i, all_k = training.step_pairs(pictures, T, config, n)
     share = 1 / len(all_i)
     stats = {"clip_fraction": 0.0, "kl_old": 0.0}
-    for i, k in training.batches(all_i, all_k, config.batch_size, pipe.device):
+    for i, k in training.batches(all_i, all_k, config.train_batch_size):
         mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
         log_prob = mdp.log_prob(trajectory.latents[i, k + 1], mean, std)
         old_log_prob = trajectory.log_probs[i, k]
@@ -249,7 +247,7 @@ def train(config):
     film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
     reward = rewards.get_reward(config.reward, config, config.device)
     gold = rewards.get_reward(config.gold, config, config.device, "--gold")
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     scale = ddpo.step_weights(pipe.scheduler, config).to(pipe.device)
     params = models.trainable(pipe, config)
     reference = models.make_reference(pipe)

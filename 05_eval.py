@@ -66,8 +66,8 @@ CLAIMS = {  # sentence -> in what, on which prompts, and pairs of models: is the
     "Gains carry over to unseen combinations": ("gold", "unseen", (
         ("DDPO_IS", "pretrained"), ("DPOK", "pretrained")))}
 SHARED = ("model", "reward", "prompts", "rounds", "prompts_per_round", "samples_per_prompt",
-          "num_steps", "eta", "guidance_scale", "batch_size", "lora_rank", "lora_targets",
-          "device")  # fields that every command gets as flags
+          "num_steps", "eta", "guidance_scale", "lora_rank",
+          "lora_targets")  # fields that every command gets as flags
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,10 @@ class Config(rewards.RewardFlags):
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     quick: bool = False  # a tour of two minutes: too little training to conclude anything
     ballot: bool = False  # write ballot.html, on which people compare DPOK with SFT or two --runs
     votes: tuple[str, ...] = ()  # JSON files that raters downloaded from ballot.html: count them
     seed: int = 0  # seed of the evaluation's noise and of the first training run
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str | None = None  # all goes here; default: runs/eval, or quick or eval_runs with the flag
     sd: bool = False  # the published settings for the full model become the defaults
 
@@ -104,7 +102,7 @@ class Config(rewards.RewardFlags):
 QUICK = dict(rounds=4, samples_per_prompt=4, samples=12, best_of=4)
 SD = {name: dpok.SD[name] for name in (  # as chapter 4 has them, for all methods
     "model", "gold", "clip", "aesthetic_weights", "image_reward_weights", "samples_per_prompt",
-    "lora_rank", "lora_targets", "num_steps", "guidance_scale", "batch_size")}
+    "lora_rank", "lora_targets", "num_steps", "guidance_scale", "batch_size", "dtype")}
 SD |= dict(prompts="tasks_sd", others=("incompressibility",), vlm="llava-hf/llava-1.5-7b-hf",
            rounds=400, tuned=False, best_of=8)
 
@@ -240,7 +238,7 @@ def compare(config):
     """Trains what is missing, evaluates all, writes tables, figures, claims and index.html."""
     requests = plan(config)
     measures = Measures(config, rewards, diversity_values)  # a wrong flag fails before training
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     models.encode_prompts(pipe, [row["prompt"] for row in requests])  # and so does an unknown word
     folders = train_all(config)
     curves = runs.curves(folders, config.reward)
@@ -255,7 +253,7 @@ def compare(config):
             if n > 1 and n in best:
                 rows[f"best of {n}"], images[f"best of {n}"] = best[n]
     for label, seed, folder in tqdm(folders, "evaluating", unit="model"):
-        pipe, reference = models.load_run(folder, config.device)
+        pipe, reference = models.load_run(folder, config.device, config.dtype)
         new_rows, drawn = evaluate(pipe, reference, requests, measures, config)
         rows.setdefault(label, []).extend(dict(row, seed=seed) for row in new_rows)
         images.setdefault(label, drawn)  # of several seeds, the first one's are shown
@@ -276,7 +274,7 @@ def make_ballot(config, pairs_per_family=4):
             requests.append({"prompt": prompt})
     for label, seed, folder in train_all(config):
         if config.runs or (label in ("DPOK", "SFT") and int(seed) == 0):
-            pipe, _ = models.load_run(folder, config.device)
+            pipe, _ = models.load_run(folder, config.device, config.dtype)
             pictures[label] = draw(pipe, requests, config).images
     ballot.write(config.out, [row["prompt"] for row in requests], pictures)
 

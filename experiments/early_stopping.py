@@ -46,9 +46,7 @@ class Config(rewards.RewardFlags):
     labels: int = 64  # pictures of each kept round that are judged by gold for the rule
     kl_bound: float = 100.0  # path KL, in nats, beyond which training stops
     samples: int = 256  # other pictures of each kept round, on which its true gold is measured
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     seed: int = 0  # seed of the noise; that of the labels depends on the run's own seed, too
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/early_stopping"  # folder of all that is written
 
 
@@ -96,7 +94,7 @@ def kept_rounds(folder):
 
 def measure(pipe, reference, saved, gold, config):
     """Labels and path KL on the noise of the run's own seed, and the truth on that of all runs."""
-    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size})
+    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size, "dtype": config.dtype})
     columns, all_prompts = {}, get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
     trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", saved["seed"]))
@@ -118,9 +116,9 @@ def follow(label, folder, gold, config, bar):
     saved, rows = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")), []
     for n, queries, path in kept_rounds(folder):
         if path:
-            pipe, reference = models.load_run(path, config.device)
+            pipe, reference = models.load_run(path, config.device, config.dtype)
         else:
-            pipe = models.load_pipeline(saved["model"], config.device)
+            pipe = models.load_pipeline(saved["model"], config.device, config.dtype)
             reference = models.make_reference(pipe)
         columns = measure(pipe, reference, saved, gold, config)
         rows.append({"run": label, "round": n, "queries": queries, **columns})

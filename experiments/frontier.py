@@ -61,9 +61,7 @@ class Config(rewards.RewardFlags):
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     seed: int = 0  # seed of all noise
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/frontier"  # folder of all that is written
 
 
@@ -163,7 +161,7 @@ def draw_pictures(config, reward, gold):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
     rows, prompts = runs.read_rows(path), get_prompts(config.prompts) * BLOCK
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     first, end = len(rows) // BLOCK, math.ceil(config.pictures / BLOCK)
     for k in tqdm(range(first, end), "pretrained pictures", end, initial=first, unit="block"):
         images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "frontier", k)).images
@@ -185,7 +183,8 @@ def ends_of(folder, config, reward, gold):
     names, prompts = ("reward", "gold", "kl"), get_prompts(config.prompts)
     if summary.get("gold", {}).get("title") == f"gold: {config.gold}":
         return [(summary[name]["after"], summary[name]["after_se"]) for name in names]
-    pipe, reference = models.load_run(folder, config.device)  # chapter 3's have no gold and no KL
+    # A run of chapter 3 has neither gold nor KL.
+    pipe, reference = models.load_run(folder, config.device, config.dtype)
     found = dpok.evaluate(pipe, prompts, reward, gold, reference, config)
     return [training.mean_se(found[name]) for name in names]
 

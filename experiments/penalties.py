@@ -90,7 +90,7 @@ def accumulate(pipe, trajectory, reference_means, advantage, betas, pictures, co
     all_i, all_k = training.step_pairs(pictures, T, config, n)
     share = 1 / len(all_i)
     stats = {"clip_fraction": 0.0, "kl_old": 0.0}
-    for i, k in training.batches(all_i, all_k, config.batch_size, pipe.device):
+    for i, k in training.batches(all_i, all_k, config.train_batch_size):
         mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
         log_prob = mdp.log_prob(trajectory.latents[i, k + 1], mean, std)
         old_log_prob = trajectory.log_probs[i, k]
@@ -115,7 +115,7 @@ def train(config):
     film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
     reward = rewards.get_reward(config.reward, config, config.device)
     gold = rewards.get_reward(config.gold, config, config.device, "--gold")
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     weight = ddpo.step_weights(pipe.scheduler, config).to(pipe.device)
     kl_weight = torch.ones_like(weight)
     if config.kl == "mse":

@@ -336,7 +336,8 @@ def write(name, command, seeds, rows):
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     head = {"title": TITLES[name], "command": " ".join(["python", *command]),
-            "seeds": ", ".join(map(str, seeds)), "device": device, "date": datetime.date.today().isoformat()}
+            "seeds": ", ".join(map(str, seeds)), "device": device,
+            "date": datetime.date.today().isoformat()}
     tables.write_csv(path, rows)
     comments = "".join(f"# {key}: {value}\n" for key, value in head.items())
     path.write_text(comments + path.read_text(encoding="utf-8"), encoding="utf-8")

@@ -38,7 +38,7 @@ dpok = import_module("04_dpok")  # step_means, path_kl, evaluate, SD
 
 
 @dataclass(frozen=True)
-class Config(rewards.RewardFlags):
+class Config(rewards.RewardFlags, flags.TrainFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
     reward: str = "image_reward"  # one of chapter 2's, a sum as in chapter 3, or file.py:name
     gold: str = "alignment"  # what is really meant: measured, never optimized
@@ -52,7 +52,6 @@ class Config(rewards.RewardFlags):
     prompts_per_round: int = 1  # prompts per round, drawn in turn from shuffled passes
     samples_per_prompt: int = 64  # pictures of each of them
     updates_per_round: int = 2  # optimizer steps per round (K)
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
@@ -61,12 +60,7 @@ class Config(rewards.RewardFlags):
     max_grad_norm: float = 100.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
-    eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
-    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
-    name: str | None = None  # the run's folder in --out; default: made from what is run
-    out: str = "runs"  # folder of all runs
     sd: bool = False  # chapter 4's settings for the full model become the defaults
 
 
@@ -143,9 +137,9 @@ def accumulate(pipe, reference, pictures, config, n, update):
     all_t = torch.from_numpy(stream.integers(pipe.scheduler.config.num_train_timesteps, size=M))
     all_eps = training.gaussian((M, *pictures.x_0[0].shape), config.seed, "sft noise", n, update)
     weight = pictures.weights(config)
-    for batch in torch.arange(M).split(config.batch_size):
+    for batch in torch.arange(M).split(config.train_batch_size):
         rows = all_rows[batch]
-        x_0 = torch.stack([pictures.x_0[i] for i in rows])
+        x_0 = torch.stack([pictures.x_0[i] for i in rows]).to(pipe.device)
         c = models.encode_prompts(pipe, [pictures.prompts[i] for i in rows])
         t, eps = all_t[batch].to(x_0.device), all_eps[batch].to(x_0)
         x_t = mdp.forward_process(pipe.scheduler, x_0, t, eps)
@@ -163,10 +157,10 @@ def train(config):
     """draw → score → weight → K × (accumulate, step) → log.  Returns the run and its summary."""
     runs.check_folder(config)
     all_prompts = get_prompts(config.prompts)
-    film_prompts = training.spread_evenly(all_prompts, 8)
+    film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
     reward = rewards.get_reward(config.reward, config, config.device)
     gold = rewards.get_reward(config.gold, config, config.device, "--gold")
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     params = models.trainable(pipe, config)
     reference = models.make_reference(pipe)
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)

@@ -45,7 +45,6 @@ class Config(rewards.RewardFlags):
     prompts_per_round: int = 5  # prompts per round, drawn in turn from shuffled passes
     samples_per_prompt: int = 16  # pictures of each of them; the others' mean is the baseline
     updates_per_round: int = 2  # optimizer steps per round (K), each on its share of the pictures
-    batch_size: int = 64  # pictures per UNet call; memory, not result
     num_steps: int = 10  # denoising steps T
     timestep_fraction: float = 1.0  # share of each picture's steps to train on, drawn at random
     eta: float = 1.0  # noise of a step: 1 is DDPM's
@@ -62,8 +61,8 @@ class Config(rewards.RewardFlags):
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
     out: str = "runs/variance"  # folder of variance.csv
+    train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
     sd: bool = False  # chapter 4's settings for the full model become the defaults
 
 
@@ -103,7 +102,7 @@ def train(config):
     check(config)
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config, config.device)
-    pipe = models.load_pipeline(config.model, config.device)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     weight = ddpo.step_weights(pipe.scheduler, config).to(pipe.device)
     params = models.trainable(pipe, config)
     reference = models.make_reference(pipe)

@@ -16,7 +16,8 @@ from support.models import HERE
 from support.scoring import load_module
 
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
-NO_MATTER = ("name", "out", "device", "batch_size", "eval_samples", "keep_every")
+NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "eval_samples",
+             "keep_every")
 
 
 def train_missing(commands, out, jobs=1):

@@ -6,8 +6,9 @@ both). LIMITS holds the range of every number by the name of its field, once for
 import math
 import sys
 import warnings
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -45,6 +46,7 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "target_kl": (TINY, math.inf),
     "temperature": (TINY, math.inf),
     "timestep_fraction": (TINY, 1),
+    "train_batch_size": (1, math.inf),
     "updates_per_round": (1, math.inf),
     "value_rounds": (1, math.inf),
     "weight_decay": (0, math.inf),
@@ -52,6 +54,26 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "groups": (2, math.inf),
 }
 MAY_BE_INFINITE = {"advantage_clip", "max_grad_norm"}  # infinite: never clipped
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where and how every script computes: nothing here changes a result by more than rounding."""
+    batch_size: int = 64  # pictures per UNet call where nothing is learned
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights that nobody trains
+    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+
+
+@dataclass(frozen=True)
+class TrainFlags(MachineFlags):
+    """Memory and folder of every training."""
+    train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
+    checkpointing: bool = False  # keep few activations and compute them again: a third slower
+    eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
+    film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
+    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
+    name: str | None = None  # the run's folder in --out; default: made from what is run
+    out: str = "runs"  # folder of all runs
 
 
 def parse(Config, doc, argv=None, sd=None, quick=None):

@@ -20,6 +20,7 @@ from support import training
 
 HERE = Path(__file__).resolve().parents[1]  # the folder of the scripts
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
+LATENT_PIXELS = 1024  # H·W of all latents that the VAE decodes at once
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters are
 
 
@@ -31,6 +32,13 @@ def pick_device(name=None):
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pick_dtype(name, device):
+    """torch's dtype of that name; float16 where a GPU is too old for bfloat16."""
+    if name == "bfloat16" and torch.device(device).type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return getattr(torch, name)
+
+
 def find_folder(name, file):
     """The folder of that name which holds the file: here, or else beside the scripts, or None."""
     for place in (Path(name), HERE / name):
@@ -39,10 +47,11 @@ def find_folder(name, file):
     return None
 
 
-def load_pipeline(model="tiny_sd", device=None, dtype=torch.float32):
+def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
     """Any Stable Diffusion 1.x/2.x, with a DDIM scheduler; VAE and text encoder frozen.
 
     model: a folder in diffusers format, the folder of a finished run, or a name on the hub.
+    dtype: of all weights; those that are trained become float32 in `trainable`.
     """
     run = find_folder(model, "evaluation.json")
     if run:
@@ -68,7 +77,7 @@ def load_pipeline(model="tiny_sd", device=None, dtype=torch.float32):
     for frozen in (pipe.vae, pipe.text_encoder):
         frozen.requires_grad_(False).eval()
     try:
-        return pipe.to(pick_device(device), dtype)
+        return pipe.to(pick_device(device), pick_dtype(dtype, pick_device(device)))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0][:200]}") from error
 
@@ -113,13 +122,14 @@ def alphas_cumprod(scheduler, t):
     return table
 
 
-def load_run(folder, device=None, dtype=torch.float32):
+def load_run(folder, device=None, dtype="float32"):
     """The tuned model of a run's folder, and its reference (see make_reference)."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (folder / ADAPTER).is_file():
         pipe = load_pipeline(config["model"], device, dtype)
         pipe.load_lora_weights(folder, weight_name=ADAPTER)
+        adapters_in_float32(pipe.unet)
         return pipe, make_reference(pipe)
     pipe = load_pipeline(folder / "model", device, dtype)
     pretrained = load_pipeline(config["model"], device, dtype)
@@ -151,15 +161,22 @@ def encode_prompts(pipe, prompts):
         length = len(tokenizer(prompt).input_ids)
         if length > limit:
             raise ValueError(f"--prompts: {length} tokens, {limit} are allowed: {prompt!r}")
-    return pipe.encode_prompt(list(prompts), pipe.device, 1, False)[0]
+    distinct = list(dict.fromkeys(prompts))
+    embeds = pipe.encode_prompt(distinct, pipe.device, 1, False)[0]
+    return embeds[[distinct.index(prompt) for prompt in prompts]]
 
 
 @torch.no_grad()
-def decode(pipe, latents, batch_size=16):
-    """picture = VAE(x_0 / scale).  (B,C,H,W) -> list of B PIL pictures"""
-    latents = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-    pixels = [pipe.vae.decode(rows).sample.float() for rows in latents.split(batch_size)]
-    return pipe.image_processor.postprocess(torch.cat(pixels), output_type="pil")
+def decode(pipe, latents):
+    """picture = VAE(x_0 / scale).  (B,C,H,W) -> list of B PIL pictures
+
+    Few at a time: 16 of the tiny model, one of the full, whose decoder needs 0.8 GB for each.
+    """
+    at_once, images = max(1, LATENT_PIXELS // latents[0, 0].numel()), []
+    for rows in (latents / pipe.vae.config.scaling_factor).split(at_once):
+        pixels = pipe.vae.decode(rows.to(pipe.device, pipe.vae.dtype)).sample.float()
+        images += pipe.image_processor.postprocess(pixels, output_type="pil")
+    return images
 
 
 # ---- training, and what it is measured from -------------------------------------------------
@@ -178,7 +195,19 @@ def trainable(pipe, config):
                 pipe.unet.add_adapter(lora)
             except ValueError as error:
                 raise ValueError(f"--lora-targets: {error}") from error
+        adapters_in_float32(pipe.unet)
+    else:
+        pipe.unet.float()  # a small step of the optimizer would be lost in fewer digits
+    if config.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
     return [p for p in pipe.unet.parameters() if p.requires_grad]
+
+
+def adapters_in_float32(unet):
+    """Whatever the UNet's own precision: adapters are trained, and kept, in float32."""
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def make_reference(pipe, frozen=None):

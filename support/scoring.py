@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from support.flags import MachineFlags
 from support.models import pick_device
 from support.reward_models import find
 from tiny_sd import judge
 
 
 @dataclass(frozen=True)
-class RewardFlags:
+class RewardFlags(MachineFlags):
     """Weights of the learned rewards: flags of every chapter that has a reward."""
     clip: str = "tiny_sd/clip"  # CLIPModel of aesthetic: a folder or hub name
     aesthetic_weights: str = "tiny_sd/aesthetic.safetensors"  # LAION's: file, or OWNER/REPO/FILE

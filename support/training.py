@@ -85,10 +85,10 @@ def step_pairs(pictures, steps, config, n):
     return torch.tensor(i), torch.tensor(k)
 
 
-def batches(i, k, batch_size, device):
-    """Index tensors (M,), (M,), batch_size of their pairs at a time, on the device."""
+def batches(i, k, batch_size):
+    """Index tensors (M,), (M,), batch_size of their pairs at a time."""
     for rows in torch.arange(len(i)).split(batch_size):
-        yield i[rows].to(device), k[rows].to(device)
+        yield i[rows], k[rows]
 
 
 def optimizer_step(optimizer, params, config):

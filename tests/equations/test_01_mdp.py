@@ -265,7 +265,7 @@ def test_rollout_is_a_slow_loop_over_diffusers_own_step(pipe, eta, scale, steps)
 
 
 @pytest.mark.parametrize("dtype, scale", (
-    (torch.float32, 1.0), (torch.float32, 3.0), (torch.bfloat16, 1.0)))
+    ("float32", 1.0), ("float32", 3.0), ("bfloat16", 1.0)))
 def test_the_ratio_on_replay_is_exactly_one(dtype, scale):
     """Trap 1: round the latents to bfloat16 after scoring them, and the ratio is far from 1."""
     pipe = models.load_pipeline("tiny_sd", "cpu", dtype)

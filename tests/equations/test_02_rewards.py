@@ -95,7 +95,8 @@ def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
         weights[f"layers.{layer}.weight"] = torch.randn(rows, columns) / columns**0.5
         weights[f"layers.{layer}.bias"] = torch.randn(rows)
     torch.save(weights, tmp_path / "linearMSE.pth")
-    models = rewards.RewardFlags(str(tmp_path), str(tmp_path / "linearMSE.pth"))
+    models = rewards.RewardFlags(clip=str(tmp_path),
+                                 aesthetic_weights=str(tmp_path / "linearMSE.pth"))
     got = rewards.score(rewards.get_reward("aesthetic", models, "cpu"), images, ["x"] * 3)
     with torch.no_grad():
         f = clip.visual_projection(clip.vision_model(clip_input(images)).pooler_output)
@@ -302,7 +303,7 @@ def run(pipe, tmp_path, monkeypatch, capsys):
 
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    monkeypatch.setattr(rewards, "load_pipeline", lambda model, device: pipe)
+    monkeypatch.setattr(rewards, "load_pipeline", lambda *names: pipe)
     return main
 
 

@@ -125,7 +125,7 @@ def test_runs_are_read_or_measured_and_those_of_another_reward_or_prompt_refused
             fr.check(fr.Config(runs=(str(tmp_path),)))
     assert fr.ends_of(tmp_path, fr.Config(), None, None) == [(0, 0.0), (1, 0.1), (2, 0.2)]
     found = {name: torch.tensor([k, k + 2.0]) for k, name in enumerate(numbers)}
-    monkeypatch.setattr(fr.models, "load_run", lambda folder, device: (folder, "reference"))
+    monkeypatch.setattr(fr.models, "load_run", lambda folder, *_: (folder, "reference"))
     monkeypatch.setattr(fr.dpok, "evaluate", lambda *args: found)
     other = fr.ends_of(tmp_path, fr.Config(gold="aesthetic"), None, None)
     assert other == [(1, 1.0), (2, 1.0), (3, 1.0)]

@@ -83,7 +83,8 @@ def evaluate(out, *words):
 def make_runs(wanted, out, jobs=1):
     """A finished run for each command: random adapters, and two rounds of made-up rewards."""
     pipe = models.load_pipeline("tiny_sd", "cpu")
-    adapters = SimpleNamespace(lora_rank=2, lora_targets=models.ATTENTION, seed=0)
+    adapters = SimpleNamespace(lora_rank=2, lora_targets=models.ATTENTION, seed=0,
+                               checkpointing=False)
     params = models.trainable(pipe, adapters)
     for k, name in enumerate(wanted):
         folder = Path(out, name)

@@ -1,5 +1,6 @@
 """Command line: ranges of numbers, --sd, and what bad input gets."""
 import math
+import re
 from dataclasses import dataclass, fields, make_dataclass
 from importlib import import_module
 
@@ -46,7 +47,7 @@ EXPERIMENTS = ("early_stopping", "frontier", "lemma", "overoptimization", "penal
 def test_every_number_of_a_script_has_a_limit_and_sd_sets_what_it_says(script):
     module = import_module(script)
     for field in fields(module.Config):
-        if "int" in str(field.type) or "float" in str(field.type):
+        if any(number in re.split(r"\W", str(field.type)) for number in ("int", "float")):
             assert field.name in flags.LIMITS
     if script in CHAPTERS[:4]:
         config = flags.parse(module.Config, "", ["--sd"], module.SD)
