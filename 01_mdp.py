@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from support import figures, flags, models, training
+from support import figures, flags, models, parallel, training
 
 
 @dataclass(frozen=True)
@@ -228,16 +228,15 @@ def rollout(pipe, prompts, config, noise):
                          "deterministic: with σ = 0 there is no density, so no log-prob")
     pipe.scheduler.set_timesteps(config.num_steps)
     timesteps = pipe.scheduler.timesteps.to(pipe.device)
-    T = len(timesteps)
-    C, H, W = models.latent_shape(pipe)
+    T, (C, H, W) = len(timesteps), models.latent_shape(pipe)
     prompt_embeds = models.encode_prompts(pipe, prompts)
     negative_embeds = models.encode_prompts(pipe, [""]) if config.guidance_scale != 1 else None
-    latents = torch.empty(B, T + 1, C, H, W)  # on the CPU: a round's are too large for a GPU
-    means = torch.empty(B, T, C, H, W)
-    log_probs = torch.empty(B, T, device=pipe.device)
+    latents = torch.zeros(B, T + 1, C, H, W)  # on the CPU: a round's are too large for a GPU
+    means = torch.zeros(B, T, C, H, W)
+    log_probs = torch.zeros(B, T, device=pipe.device)
 
     bar = tqdm(total=B * T, desc="rollout", leave=False, delay=2)
-    for rows in torch.arange(B).split(config.batch_size):
+    for rows in parallel.share(B, config.batch_size):
         z = torch.stack([training.gaussian((T + 1, C, H, W), *noise, i) for i in rows.tolist()])
         x_t, *z = z.to(pipe.device).unbind(1)
         latents[rows, 0] = x_t.cpu()
@@ -250,6 +249,7 @@ def rollout(pipe, prompts, config, noise):
             means[rows, k] = mean.cpu()
             bar.update(len(rows))
     bar.close()
+    parallel.total(latents, means, log_probs)
     return Trajectory(latents, means, log_probs, timesteps, prompt_embeds, negative_embeds,
                       prompts, models.decode(pipe, latents[:, -1]))
 
@@ -273,7 +273,7 @@ def main(argv=None):
     print("   t   sigma_t       κ/σ    log-prob  KL to itself  ratio on replay  log-ratio, alone")
     worst, beliefs = 0.0, []
     for k, t in enumerate(trajectory.timesteps.tolist()):
-        x_t, x_prev = trajectory.latents[:, k], trajectory.latents[:, k + 1]
+        x_t, x_prev = trajectory.latents[:, k:k + 2].to(pipe.device).unbind(1)
         mean, std = policy_at(pipe, trajectory, pictures, torch.full_like(pictures, k), config)
         ratio = (log_prob(x_prev, mean, std) - trajectory.log_probs[:, k]).exp()
         # The same step in a batch of one: other kernels, other rounding, and nothing else.

@@ -61,7 +61,7 @@ class Config(RewardFlags):
 
 
 SD = dict(
-    dtype="bfloat16", batch_size=8,
+    dtype="bfloat16", batch_size=8, reward_batch_size=8,
     model="stable-diffusion-v1-5/stable-diffusion-v1-5", num_steps=50, guidance_scale=5.0,
     prompts=("a dog riding a bike", "a cat playing chess", "a bear washing the dishes"),
     rewards=("compressibility", "aesthetic", "image_reward", "vlm_alignment"),
@@ -170,7 +170,7 @@ class VlmAlignment:
     """
 
     def __init__(self, models, device):
-        self.ask = nets.load_vlm(models.vlm, device)
+        self.ask = nets.load_vlm(models.vlm, device, models.reward_batch_size)
         self.encode = nets.TokenEncoder(models.bert, models.bert_layer, device)
 
     def __call__(self, images, prompts):
@@ -185,7 +185,7 @@ class VlmStrict:
     """r = share of the prompt's questions whose answer holds the right word (DDPO's counting)."""
 
     def __init__(self, models, device):
-        self.ask = nets.load_vlm(models.vlm, device)
+        self.ask = nets.load_vlm(models.vlm, device, models.reward_batch_size)
         self.questions = scoring.read_questions(models.vlm_questions)
 
     def __call__(self, images, prompts):

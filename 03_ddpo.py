@@ -34,7 +34,7 @@ from typing import Literal
 
 import torch
 
-from support import flags, models, runs, training
+from support import flags, models, parallel, runs, training
 from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -209,12 +209,16 @@ def accumulate(pipe, trajectory, advantage, pictures, config, n):
     """Adds −∇J of some pictures of round n to the gradients, and nothing else.  -> statistics
 
     advantage: (B,T). clip_fraction and kl_old compare the policy before this step with the one
-    that drew the pictures; the log has those of a round's last update.
+    that drew the pictures, where A is not 0; the log has those of a round's last update.
     """
     B, T = advantage.shape
     D = trajectory.latents[0, 0].numel()
     all_i, all_k = training.step_pairs(pictures, T, config, n)
     share = 1 / len(all_i)
+    # Where all pictures of a prompt got the same reward, A is 0 and their pairs add nothing.
+    useful = (advantage[all_i, all_k].abs() > 1e-9).cpu()
+    all_i, all_k = all_i[useful], all_k[useful]
+    share_of_useful = 1 / max(1, len(all_i))
     stats = {"clip_fraction": 0.0, "kl_old": 0.0}
     for i, k in training.batches(all_i, all_k, config.train_batch_size):
         mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
@@ -231,9 +235,9 @@ def accumulate(pipe, trajectory, advantage, pictures, config, n):
         loss = -J.sum() * T * share
         loss.backward()
         outside = ((log_prob - old_log_prob).exp() - 1).abs() > config.clip_range
-        stats["clip_fraction"] += outside.sum().item() * share
-        stats["kl_old"] += kl_old.sum().item() * T * share
-    return stats
+        stats["clip_fraction"] += outside.sum().item() * share_of_useful
+        stats["kl_old"] += kl_old.sum().item() * T * share_of_useful
+    return parallel.total_of(stats)
 
 
 def evaluate(pipe, prompts, reward, config):

@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 
-from support import flags, models, runs, training
+from support import flags, models, parallel, runs, training
 from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -101,11 +101,12 @@ def dpok_objective(log_prob, old_log_prob, advantage, kl, clip_range, alpha, bet
 @torch.no_grad()
 def step_means(pipe, trajectory, config):
     """μ(x_t, z, t) of pipe's present weights at all states of a trajectory.  -> (B,T,C,H,W)"""
-    means = torch.empty_like(trajectory.means)
+    means = torch.zeros_like(trajectory.means)
     B, T = trajectory.log_probs.shape
     i, k = torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B)
     for i, k in training.batches(i, k, config.batch_size):
         means[i, k] = mdp.policy_at(pipe, trajectory, i, k, config)[0].cpu()
+    parallel.total(means)
     return means
 
 
@@ -222,7 +223,7 @@ def accumulate(pipe, trajectory, reference_means, advantage, pictures, config, n
         outside = ((log_prob - old_log_prob).exp() - 1).abs() > config.clip_range
         stats["clip_fraction"] += outside.sum().item() * share
         stats["kl_old"] += kl_old.sum().item() * T * share
-    return stats
+    return parallel.total_of(stats)
 
 
 def evaluate(pipe, prompts, reward, gold, reference, config):

@@ -66,8 +66,7 @@ CLAIMS = {  # sentence -> in what, on which prompts, and pairs of models: is the
     "Gains carry over to unseen combinations": ("gold", "unseen", (
         ("DDPO_IS", "pretrained"), ("DPOK", "pretrained")))}
 SHARED = ("model", "reward", "prompts", "rounds", "prompts_per_round", "samples_per_prompt",
-          "num_steps", "eta", "guidance_scale", "lora_rank",
-          "lora_targets")  # fields that every command gets as flags
+          "num_steps", "eta", "guidance_scale", "lora_rank", "lora_targets")  # of every command
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ SD = {name: dpok.SD[name] for name in (  # as chapter 4 has them, for all method
     "model", "gold", "clip", "aesthetic_weights", "image_reward_weights", "samples_per_prompt",
     "lora_rank", "lora_targets", "num_steps", "guidance_scale", "batch_size", "dtype")}
 SD |= dict(prompts="tasks_sd", others=("incompressibility",), vlm="llava-hf/llava-1.5-7b-hf",
-           rounds=400, tuned=False, best_of=8)
+           rounds=400, tuned=False, best_of=8, reward_batch_size=8)
 
 
 def diversity_values(f):
@@ -237,10 +236,13 @@ def train_all(config):
 def compare(config):
     """Trains what is missing, evaluates all, writes tables, figures, claims and index.html."""
     requests = plan(config)
-    measures = Measures(config, rewards, diversity_values)  # a wrong flag fails before training
+    Measures(config, rewards, diversity_values)  # a wrong flag fails before training,
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
     models.encode_prompts(pipe, [row["prompt"] for row in requests])  # and so does an unknown word
+    del pipe  # trainings need the memory
     folders = train_all(config)
+    measures = Measures(config, rewards, diversity_values)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     curves = runs.curves(folders, config.reward)
     rows, images, best = {}, {}, {}
     found = evaluate(pipe, nullcontext, requests, measures, config)

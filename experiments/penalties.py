@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, runs, training  # noqa: E402
+from support import flags, models, parallel, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -105,7 +105,7 @@ def accumulate(pipe, trajectory, reference_means, advantage, betas, pictures, co
         outside = ((log_prob - old_log_prob).exp() - 1).abs() > config.clip_range
         stats["clip_fraction"] += outside.sum().item() * share
         stats["kl_old"] += kl_old.sum().item() * T * share
-    return stats
+    return parallel.total_of(stats)
 
 
 def train(config):

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, runs, training  # noqa: E402
+from support import flags, models, parallel, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout, forward_process, predict_noise, x0_and_noise, ...
@@ -137,7 +137,7 @@ def accumulate(pipe, reference, pictures, config, n, update):
     all_t = torch.from_numpy(stream.integers(pipe.scheduler.config.num_train_timesteps, size=M))
     all_eps = training.gaussian((M, *pictures.x_0[0].shape), config.seed, "sft noise", n, update)
     weight = pictures.weights(config)
-    for batch in torch.arange(M).split(config.train_batch_size):
+    for batch in parallel.share(M, config.train_batch_size):
         rows = all_rows[batch]
         x_0 = torch.stack([pictures.x_0[i] for i in rows]).to(pipe.device)
         c = models.encode_prompts(pipe, [pictures.prompts[i] for i in rows])

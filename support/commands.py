@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import flags
+from support import flags, parallel
 from support.models import HERE
 from support.scoring import load_module
 
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
-NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "eval_samples",
-             "keep_every")
+NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
+             "reward_batch_size", "reward_device", "eval_samples", "keep_every")
 
 
 def train_missing(commands, out, jobs=1):
@@ -27,6 +27,8 @@ def train_missing(commands, out, jobs=1):
     or a finished run has other settings. A run that was cut short is moved aside, never deleted.
     jobs: more than 1 runs that many side by side, each with its output in OUT/NAME.log.
     """
+    if parallel.processes() > 1:
+        raise ValueError("this script starts others: start it without torchrun")
     missing = {}
     for name, command in commands.items():
         settings = settings_of(command)

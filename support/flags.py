@@ -4,6 +4,7 @@ A field of the Config is a flag, the comment behind it is the flag's help (the l
 both). LIMITS holds the range of every number by the name of its field, once for all scripts.
 """
 import math
+import os
 import sys
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from support import parallel
 
 TINY = 1e-12  # stands for "above 0"
 LIMITS = {  # field -> smallest and largest value; both allowed
@@ -37,6 +40,7 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "pictures": (100, math.inf),
     "prompts_per_family": (1, math.inf),
     "prompts_per_round": (1, math.inf),
+    "reward_batch_size": (1, math.inf),
     "rounds": (1, math.inf),
     "samples": (1, math.inf),
     "samples_per_prompt": (1, math.inf),
@@ -159,12 +163,18 @@ def picture_path(out):
 
 
 def run(main):
-    """main(), where bad input becomes one line on stderr and exit code 2."""
+    """main(), where bad input becomes one line on stderr and exit code 2.
+
+    Of several processes the first alone prints, but each says what it fails by.
+    """
+    stderr = sys.stderr
+    if not parallel.is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):  # a log file on Windows may have no β
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=stderr)
         sys.exit(2)

@@ -16,7 +16,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
-from support import training
+from support import parallel, training
 
 HERE = Path(__file__).resolve().parents[1]  # the folder of the scripts
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
@@ -29,6 +29,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters 
 
 def pick_device(name=None):
     """--device, or a GPU if there is one, else the CPU."""
+    parallel.connect()
+    for part in (torch.backends.cuda.matmul, torch.backends.cudnn):  # NVIDIA's fast float32
+        part.fp32_precision = "tf32"
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -172,11 +175,15 @@ def decode(pipe, latents):
 
     Few at a time: 16 of the tiny model, one of the full, whose decoder needs 0.8 GB for each.
     """
-    at_once, images = max(1, LATENT_PIXELS // latents[0, 0].numel()), []
-    for rows in (latents / pipe.vae.config.scaling_factor).split(at_once):
-        pixels = pipe.vae.decode(rows.to(pipe.device, pipe.vae.dtype)).sample.float()
-        images += pipe.image_processor.postprocess(pixels, output_type="pil")
-    return images
+    at_once = max(1, LATENT_PIXELS // latents[0, 0].numel())
+    images, mine = [None] * len(latents), []
+    for rows in parallel.share(len(latents), at_once):
+        z = (latents[rows] / pipe.vae.config.scaling_factor).to(pipe.device, pipe.vae.dtype)
+        pixels = pipe.vae.decode(z).sample.float()
+        mine += rows.tolist()
+        for i, image in zip(rows, pipe.image_processor.postprocess(pixels, output_type="pil")):
+            images[i] = image
+    return parallel.all_images(images, mine)
 
 
 # ---- training, and what it is measured from -------------------------------------------------

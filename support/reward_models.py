@@ -262,7 +262,8 @@ class Judge:
 class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, at_once):
+        self.at_once = at_once  # pictures
         source = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", source,
@@ -270,10 +271,10 @@ class Llava:
         self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", source)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
 
-    def __call__(self, images, questions, at_once=32):
+    def __call__(self, images, questions):
         answers = []
-        for first in range(0, len(images), at_once):
-            batch = slice(first, first + at_once)
+        for first in range(0, len(images), self.at_once):
+            batch = slice(first, first + self.at_once)
             answers += self.answer(images[batch], questions[batch])
         return answers
 
@@ -291,5 +292,5 @@ class Llava:
         return [answer.strip() for answer in answers]
 
 
-def load_vlm(name, device):
-    return Judge() if name == "judge" else Llava(name, device)
+def load_vlm(name, device, at_once=32):
+    return Judge() if name == "judge" else Llava(name, device, at_once)

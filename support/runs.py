@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import figures, models, prices, training
+from support import figures, models, parallel, prices, training
 
 FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
 COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
@@ -31,7 +31,7 @@ class Run:
         self.film_prompts = []
         self.started = self.round_started = time.perf_counter()
         self.settings = json.dumps(asdict(config) | {"method": method}, indent=2)
-        Path(self.folder, "config.json").write_text(self.settings, encoding="utf-8")
+        write_text(Path(self.folder, "config.json"), self.settings)
 
     def rounds(self, pipe):
         """0, 1, ..., with a progress bar; keeps pipe's weights after every --keep-every of them."""
@@ -41,9 +41,8 @@ class Run:
             yield n
             if self.config.keep_every and (n + 1) % self.config.keep_every == 0:
                 folder = Path(self.folder, "rounds", f"{n + 1:03d}")
-                folder.mkdir(parents=True)
-                models.save_trained(pipe, folder)
-                (folder / "config.json").write_text(self.settings, encoding="utf-8")
+                save_trained(pipe, folder)
+                write_text(folder / "config.json", self.settings)
 
     @contextmanager
     def looking(self):
@@ -87,11 +86,7 @@ class Run:
         queries = self.rows[-1]["queries"] if self.rows else 0
         self.film.append((queries, trajectory.images))
         self.film_prompts = trajectory.prompts
-        folder = Path(self.folder, "film")
-        folder.mkdir(exist_ok=True)
-        text = json.dumps(trajectory.prompts, indent=2)
-        (folder / "prompts.json").write_text(text, encoding="utf-8")
-        figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
+        keep_frame(Path(self.folder, "film"), queries, trajectory)
         self.round_started = time.perf_counter()  # the film comes first, and is only looked at
 
     def finish(self, pipe, before, after, names):
@@ -100,6 +95,19 @@ class Run:
         before, after: {"prompts", "images", and for each of names (B,) values on fresh noise}.
         """
         self.before, self.after = before, after
+        self.draw(before, after, names)
+        save_trained(pipe, self.folder)
+        summary = {"queries": self.rows[-1]["queries"],
+                   "seconds": time.perf_counter() - self.started}
+        for name, title in names.items():
+            summary[name] = summarize(before[name], after[name]) | {"title": title}
+        # Last of all: a folder with this file is a finished run.
+        write_text(Path(self.folder, "evaluation.json"), json.dumps(summary, indent=2))
+        return summary
+
+    @parallel.only_first
+    def draw(self, before, after, names):
+        """The run's figures: pictures before and after, curves, and the film."""
         folder, prompts = self.folder, before["prompts"]
         first = list(names)[0]
         figures.before_after(folder / "before_after.png", prompts,
@@ -113,15 +121,6 @@ class Run:
             strips = [[images[i] for i in columns] for _, images in self.film]
             figures.sheet(folder / "film.png", strips, times,
                           [self.film_prompts[i] for i in columns])
-        models.save_trained(pipe, folder)
-        summary = {"queries": self.rows[-1]["queries"],
-                   "seconds": time.perf_counter() - self.started}
-        for name, title in names.items():
-            summary[name] = summarize(before[name], after[name]) | {"title": title}
-        # Last of all: a folder with this file is a finished run.
-        text = json.dumps(summary, indent=2)
-        Path(folder, "evaluation.json").write_text(text, encoding="utf-8")
-        return summary
 
 
 def summarize(before, after):
@@ -157,8 +156,31 @@ def check_folder(config):
         raise ValueError(f"--name {config.name}: there is such a run in {config.out}")
 
 
+@parallel.only_first
+def write_text(path, text):
+    path.write_text(text, encoding="utf-8")
+
+
+@parallel.only_first
+def save_trained(pipe, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    models.save_trained(pipe, folder)
+
+
+@parallel.only_first
+def keep_frame(folder, queries, trajectory):
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "prompts.json", json.dumps(trajectory.prompts, indent=2))
+    figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
+
+
 def new_folder(config, method):
-    """A new folder runs/<name>/; never one that is there already."""
+    """A new folder runs/<name>/, for all processes; never one that is there already."""
+    return Path(parallel.same_text(str(make_folder(config, method))))
+
+
+@parallel.only_first
+def make_folder(config, method):
     base = config.name or f"{method}_{config.reward}_{Path(config.prompts).stem}"
     base = clean(base)
     folder, i = Path(config.out, base), 1
@@ -169,6 +191,7 @@ def new_folder(config, method):
     return folder
 
 
+@parallel.only_first
 def append_row(path, row):
     """One line more in a CSV file, whose first line names the columns."""
     new = not path.exists()

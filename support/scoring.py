@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from support import parallel
 from support.flags import MachineFlags
 from support.models import pick_device
 from support.reward_models import find
@@ -28,6 +29,8 @@ class RewardFlags(MachineFlags):
     vlm_questions: str | None = None  # JSON file {prompt: [[question, answer], ...]} of vlm_strict
     bert: str = "tiny_sd"  # BERTScore's encoder: folder or hub name of a BERT, RoBERTa, DeBERTa
     bert_layer: int | None = None  # its layer; default: bert-score's choice, else the last
+    reward_batch_size: int = 32  # pictures that a learned reward looks at together
+    reward_device: str | None = None  # of learned rewards: cpu leaves room for the UNet
 
 
 # ---- by name --------------------------------------------------------------------------------
@@ -47,11 +50,13 @@ def get_reward(spec, table, models, device=None, flag="--reward"):
         raise ValueError(f"{flag} {spec}: unknown; choose from {', '.join(table)}, a sum "
                          "such as alignment=1,aesthetic=0.2, or path/to/file.py:function")
     if isinstance(table[spec], type):
+        of_device = "--device" if models.reward_device is None else "--reward-device"
+        device = models.reward_device or device
         try:
             scorer = table[spec](models, pick_device(device))
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0][:200]}") from error
-        return in_batches(scorer, spec)
+            raise ValueError(f"{of_device} {device}: {str(error).splitlines()[0][:200]}") from error
+        return in_batches(scorer, spec, models.reward_batch_size)
     return table[spec]
 
 
@@ -60,7 +65,7 @@ def is_sum(spec):
     return "=" in spec.rpartition(":")[2]
 
 
-def in_batches(scorer, name, batch_size=32):
+def in_batches(scorer, name, batch_size):
     """The same reward, but a network sees at most batch_size pictures at a time."""
     def reward(images, prompts):
         values = []
@@ -87,7 +92,7 @@ def weighted_sum(spec, table, models, device, flag):
     def reward(images, prompts):
         total = 0
         for weight, term in zip(weights, terms):
-            total = total + weight * score(term, images, prompts)  # checked, so a bad term is named
+            total = total + weight * checked_numbers(term, images, prompts)  # names a bad term
         return total
 
     reward.__name__ = spec
@@ -150,8 +155,19 @@ def explain(error, file, code=None):
 def score(reward, images, prompts, folder="runs"):
     """The reward's B numbers as a float64 tensor (B,); ValueError unless there are B finite ones.
 
-    The picture that got no finite number is saved in the folder.
+    The picture that got no finite number is saved in the folder. Of several processes each asks
+    the reward about its own share of the pictures.
     """
+    numbers = torch.zeros(len(images), dtype=torch.float64)
+    for rows in parallel.share(len(images), len(images)):
+        own_images, own_prompts = [images[i] for i in rows], [prompts[i] for i in rows]
+        numbers[rows] = checked_numbers(reward, own_images, own_prompts, folder)
+    parallel.total(numbers)
+    return numbers
+
+
+def checked_numbers(reward, images, prompts, folder="runs"):
+    """What `score` gives, of the pictures of one process."""
     name = getattr(reward, "__name__", str(reward))
     values = reward(images, prompts)
     numbers = []

@@ -7,6 +7,8 @@ batches nor the number of processes change a picture.
 import numpy as np
 import torch
 
+from support import parallel
+
 PURPOSES = (  # what random numbers are for; the place in this list is part of their address
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
     "adapters", "value", "value batches", "fixed set", "sft batches", "sft noise", "bootstrap",
@@ -86,17 +88,21 @@ def step_pairs(pictures, steps, config, n):
 
 
 def batches(i, k, batch_size):
-    """Index tensors (M,), (M,), batch_size of their pairs at a time."""
-    for rows in torch.arange(len(i)).split(batch_size):
+    """Index tensors (M,), (M,), batch_size of their pairs at a time; of N processes, a share."""
+    for rows in parallel.share(len(i), batch_size):
         yield i[rows], k[rows]
 
 
 def optimizer_step(optimizer, params, config):
-    """One step along the accumulated gradient, which is scaled down to max_grad_norm if longer.
+    """One step along the gradient of all processes together, which is scaled down to max_grad_norm if longer.
 
     -> its norm before that, and whether it was scaled: both belong in the log, because a bound
     that always acts fixes the length of every step whatever the rewards are.
     """
+    for p in params:
+        if p.grad is None:  # this process had no picture of this update, or none that teaches
+            p.grad = torch.zeros_like(p)
+    parallel.total_gradients(params)
     norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
     if not norm.isfinite():
         raise ValueError(f"the gradient is {norm.item()}; try a smaller --learning-rate")

@@ -345,3 +345,32 @@ def test_accumulate_adds_minus_the_gradient_and_reports_clip_and_kl(case):
     check_accumulate(lambda: ddpo.accumulate(pipe, trajectory, A, pictures, config, 4), pipe,
                      by_hand, seen)
     assert case != "plain" or 0.1 < seen["clip_fraction"] < 0.9
+
+
+@pytest.mark.parametrize("nothing", [0.0, 1e-17])  # rewards may be equal up to rounding
+def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(nothing):
+    trajectory, A, pipe = example()
+    pictures, A[[2, 8]] = torch.tensor([7, 2, 3, 0, 8]), nothing
+    by_hand, _ = gradient_by_hand(pipe, trajectory, A, pictures, CONFIG, 4)
+    seen = []
+    pipe.unet.register_forward_hook(lambda unet, inputs, output: seen.append(len(inputs[0])))
+    stats = ddpo.accumulate(pipe, trajectory, A, pictures, CONFIG, 4)
+    for p, expected in zip(pipe.unet.parameters(), by_hand, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-7, atol=1e-9)
+    assert sum(seen) == 3 * T
+    only = torch.tensor([7, 3, 0])  # the statistics are those of the pairs that were looked at
+    _, expected = gradient_by_hand(pipe, trajectory, A, only, CONFIG, 4)
+    assert stats == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_update_with_nothing_to_learn_is_a_step_along_a_gradient_of_zero():
+    trajectory, A, pipe = example()
+    stats = ddpo.accumulate(pipe, trajectory, 0 * A, torch.arange(3), CONFIG, 4)
+    assert stats == {"clip_fraction": 0, "kl_old": 0}
+    params = list(pipe.unet.parameters())
+    assert all(p.grad is None for p in params)
+    before = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, 0.1, weight_decay=0.5)
+    assert training.optimizer_step(optimizer, params, CONFIG)["grad_norm"] == 0
+    for p, old in zip(params, before):
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5))  # the weight decay
