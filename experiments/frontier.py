@@ -65,8 +65,9 @@ class Config(rewards.RewardFlags):
     out: str = "runs/frontier"  # folder of all that is written
 
 
-SAME = ("model", "reward", "prompts", "num_steps", "eta", "guidance_scale",
-        *(field.name for field in fields(rewards.RewardFlags)))  # of pictures and of all runs
+SAME = ["model", "reward", "prompts", "num_steps", "eta", "guidance_scale"]
+SAME += [field.name for field in fields(rewards.RewardFlags)  # of pictures and of all runs
+         if field.name not in commands.NO_MATTER]
 MEANS = ("reward", "reward_se", "gold", "gold_se")
 POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
 

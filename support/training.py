@@ -94,7 +94,7 @@ def batches(i, k, batch_size):
 
 
 def optimizer_step(optimizer, params, config):
-    """One step along the gradient of all processes together, which is scaled down to max_grad_norm if longer.
+    """One step along the gradient of all processes, scaled down to max_grad_norm if it is longer.
 
     -> its norm before that, and whether it was scaled: both belong in the log, because a bound
     that always acts fixes the length of every step whatever the rewards are.
