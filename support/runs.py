@@ -147,8 +147,7 @@ class Run:
         self.film_prompts = trajectory.prompts
         folder = Path(self.folder, "film")
         folder.mkdir(exist_ok=True)
-        text = json.dumps(trajectory.prompts, indent=2)
-        (folder / "prompts.json").write_text(text, encoding="utf-8")
+        write_json(folder / "prompts.json", trajectory.prompts)
         figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
         self.round_started = time.perf_counter()  # the film comes first, and is only looked at
 

@@ -20,7 +20,7 @@ from support import checkpoints, figures, models, runs, training
 TINY = ("--rounds 6 --num-steps 2 --samples-per-prompt 4 --prompts-per-round 1 --eval-samples 2 "
         "--device cpu --reward compressibility --eta 0.5").split()
 SCRIPTS = {  # name -> script, its flags
-    "ddpo": ("03_ddpo", "--baseline running --prompts location --timestep-fraction 0.5"),
+    "ddpo": ("03_ddpo", "--baseline running --prompts bias --timestep-fraction 0.5"),
     "dpok": ("04_dpok", "--prompts bias --value-rounds 3 --lora-rank 2 --keep-every 2"),
     "penalties": ("experiments.penalties", "--target-kl 0.5 --kl reward --lora-rank 2"),
     "sft": ("experiments.sft", "--lora-rank 2 --temperature 0.01 --beta 0.1")}

@@ -182,6 +182,14 @@ def test_bytes_reach_the_disk_before_their_name_and_the_name_before_we_go_on(tmp
     assert events == [("sync", "a.part", 5), "name", ("sync", tmp_path.name, None)]
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 def full_disk(monkeypatch, at):
     """From the `at`-th file on, half of it fits onto the disk."""
     count = [0]
@@ -216,19 +224,18 @@ class Proxy:
         return getattr(self.file, name)
 
 
-def test_ctrl_c_waits_until_a_checkpoint_is_written(tmp_path, monkeypatch):
+def test_ctrl_c_waits_until_a_checkpoint_is_written(tmp_path, monkeypatch, ctrl_c):
     replace = os.replace
 
     def interrupt(*names):
         signal.raise_signal(signal.SIGINT)
         replace(*names)
 
-    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", interrupt)
         checkpoints.write(tmp_path, [1], {"round": 1})
     assert checkpoints.read_newest(tmp_path) == ([1], {"round": 1})
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 # ---- a training with all of a run's files, small enough to be killed everywhere -------------
@@ -310,7 +317,8 @@ class Death:
     def __init__(self, monkeypatch, k):
         self.left = k
         for module, name in ((os, "fsync"), (os, "replace"), (os, "truncate"), (shutil, "rmtree"),
-                             (runs, "append_row"), (runs.Path, "unlink"), (runs.Path, "mkdir")):
+                             (runs, "append_row"), (runs.Path, "unlink"), (runs.Path, "mkdir"),
+                             (runs.Path, "write_text")):
             monkeypatch.setattr(module, name, self.around(getattr(module, name), name))
         monkeypatch.setattr(checkpoints, "open", self.open, raising=False)
 
@@ -325,6 +333,8 @@ class Death:
             if name == "append_row" and self.left == 0:  # half a line
                 with open(a[0], "ab") as file:
                     file.write(b"1,2,0")
+            if name == "write_text" and self.left == 0:
+                a[0].write_bytes(a[1].encode()[:len(a[1]) // 2])
             self.point()
             if name != "fsync":  # which takes long, and is tested above
                 return function(*a, **named)
@@ -421,7 +431,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, quiet, monkeypatch):
         train(config)
 
 
-def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tmp_path, quiet, monkeypatch, capsys):
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tmp_path, quiet, monkeypatch, capsys,
+                                                         ctrl_c):
     monkeypatch.setattr("sys.argv", ["03_ddpo.py"])
     wanted = left_behind(train(Config(str(tmp_path / "whole"))).folder)
     folder, write_whole = tmp_path / "toy", checkpoints.write_whole
