@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support import checkpoints, figures, models, runs, training
+from support import checkpoints, figures, flags, models, runs, training
 
 TINY = ("--rounds 6 --num-steps 2 --samples-per-prompt 4 --prompts-per-round 1 --eval-samples 2 "
         "--device cpu --reward compressibility --eta 0.5").split()
@@ -91,6 +91,18 @@ def test_every_script_goes_on_as_if_nothing_had_happened(name, tmp_path, monkeyp
         main(start)
 
 
+def test_a_gradient_that_is_not_finite_keeps_the_last_good_round(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["03_ddpo.py"])
+    words = [*TINY, "--learning-rate", "1e30", "--out", str(tmp_path), "--name", "a"]
+    with pytest.raises(SystemExit) as exit:
+        flags.run(lambda: import_module("03_ddpo").main(words))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and "03_ddpo.py: the gradient is " in last
+    assert last.endswith(f"go on with: python 03_ddpo.py --resume {tmp_path / 'a'}")
+    rounds_done = len(runs.read_rows(tmp_path / "a/metrics.csv"))
+    assert checkpoints.read_newest(tmp_path / "a")[1]["round"] == rounds_done > 0
+
+
 def start_and_wait(script, words, folder):
     """The process of a script on one thread, as it begins the work, after seconds of imports."""
     log = folder.parent / "log.txt"
@@ -115,11 +127,11 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(name, tmp_path):
     wanted = left_behind(tmp_path / "whole")
     moments, folder, kills, finished = random.Random(7), tmp_path / "cut", 0, []
     while True:
-        flags = ["--resume", str(folder)]
+        command = ["--resume", str(folder)]
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            flags = [*words, "--name", "cut"]
-        process, log = start_and_wait(script, flags, folder)
+            command = [*words, "--name", "cut"]
+        process, log = start_and_wait(script, command, folder)
         if kills < KILLS:
             try:
                 process.wait(moments.uniform(0, seconds))

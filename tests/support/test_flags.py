@@ -141,7 +141,8 @@ def test_what_cuts_a_training_short_is_one_line_that_says_how_to_go_on(error, co
     monkeypatch.setattr("sys.argv", ["some/script.py", "--rounds", "3"])
 
     def main(folder):
-        flags.unfinished = folder
+        if folder:
+            flags.unfinished = folder
         raise error
 
     go_on = "; its finished rounds are kept, go on with: python some/script.py --resume 'runs/a b'"
