@@ -93,7 +93,8 @@ def test_every_script_goes_on_as_if_nothing_had_happened(name, tmp_path, monkeyp
 
 def test_a_gradient_that_is_not_finite_keeps_the_last_good_round(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["03_ddpo.py"])
-    words = [*TINY, "--learning-rate", "1e30", "--out", str(tmp_path), "--name", "a"]
+    words = [*TINY, *"--learning-rate 1e30 --updates-per-round 1 --name a --out".split(),
+             str(tmp_path)]
     with pytest.raises(SystemExit) as exit:
         flags.run(lambda: import_module("03_ddpo").main(words))
     last = capsys.readouterr().err.splitlines()[-1]
