@@ -264,7 +264,7 @@ def train(config):
     before = evaluate(pipe, all_prompts, reward, config)
     run = runs.Run(config, f"ddpo_{config.estimator}")
 
-    for n in run.rounds(pipe):
+    for n in run.rounds(pipe, optimizer, history):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

@@ -259,7 +259,7 @@ def train(config):
     before = evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, "dpok")
 
-    for n in run.rounds(pipe):
+    for n in run.rounds(pipe, optimizer, value):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

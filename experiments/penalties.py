@@ -126,11 +126,11 @@ def train(config):
     reference = models.make_reference(pipe)
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     value = dpok.Value(pipe, config)
-    beta = config.beta
+    leash = {"beta": config.beta}
     before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, f"penalty_{config.kl}")
 
-    for n in run.rounds(pipe):
+    for n in run.rounds(pipe, optimizer, value, leash):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)
@@ -142,22 +142,23 @@ def train(config):
         R = r.float().to(pipe.device)[:, None]
         if config.kl == "reward":
             pre_log_prob = pre_log_probs(pipe, trajectory, reference_means, config)
-            R = reward_to_go(R[:, 0], trajectory.log_probs, pre_log_prob, config.alpha, beta)
+            R = reward_to_go(R[:, 0], trajectory.log_probs, pre_log_prob, config.alpha,
+                             leash["beta"])
         A = R - value.predict(trajectory)  # V is fitted to r; the nats to come are the others' mean
         A = A - ddpo.mean_of_others(A, prompts)
         A = A * weight
 
         for pictures in training.minibatches(len(prompts), config.updates_per_round, config.seed,
                                              n):
-            stats = accumulate(pipe, trajectory, reference_means, A, beta * kl_weight, pictures,
-                              config, n)
+            stats = accumulate(pipe, trajectory, reference_means, A, leash["beta"] * kl_weight,
+                               pictures, config, n)
             stats |= training.optimizer_step(optimizer, params, config)
         if config.value:
             value.fit(trajectory, r, n)
         kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
-        run.log(n, reward=r, **stats, gold=g, kl=kl, beta=beta)
+        run.log(n, reward=r, **stats, gold=g, kl=kl, **leash)
         if config.target_kl:
-            beta = adapt_beta(beta, kl.mean().item(), config.target_kl)
+            leash["beta"] = adapt_beta(leash["beta"], kl.mean().item(), config.target_kl)
 
     run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
     after = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)

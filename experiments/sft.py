@@ -168,7 +168,7 @@ def train(config):
     before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, f"sft_{config.data}_{config.weights}")
 
-    for n in run.rounds(pipe):
+    for n in run.rounds(pipe, optimizer, pictures):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)

@@ -11,36 +11,35 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import flags, parallel
+from support import checkpoints, flags, parallel
 from support.models import HERE
 from support.scoring import load_module
-
-# Fields that change no trained weight: where a run is, on what, and how it is looked at.
-NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
-             "reward_batch_size", "reward_device", "eval_samples", "keep_every")
 
 
 def train_missing(commands, out, jobs=1):
     """Starts every command whose run is not finished.  commands: name -> [script, flag, value, ...]
 
     The run's --name and --out are added. ValueError before anything is started if a flag is wrong
-    or a finished run has other settings. A run that was cut short is moved aside, never deleted.
+    or a run that is there has other settings. A run that was cut short goes on from its checkpoint;
+    one that has none yet is moved aside, never deleted.
     jobs: more than 1 runs that many side by side, each with its output in OUT/NAME.log.
     """
     if parallel.processes() > 1:
         raise ValueError("this script starts others: start it without torchrun")
     missing = {}
     for name, command in commands.items():
-        settings = settings_of(command)
-        if is_finished(Path(out, name)):
-            check_settings(Path(out, name), settings)
+        folder, settings = Path(out, name), settings_of(command)
+        if is_finished(folder):
+            check_settings(folder, settings)
+        elif checkpoints.files(folder):
+            check_settings(folder, settings)
+            missing[folder] = [*command, "--resume", str(folder)]
         else:
-            missing[Path(out, name)] = [*command, "--name", name, "--out", str(out)]
+            missing[folder] = [*command, "--name", name, "--out", str(out)]
     if jobs > 1 and missing:
         return train_side_by_side(missing, jobs)
     for folder, command in missing.items():
-        if folder.exists():
-            move_aside(folder)
+        make_way(folder, command)
         start(command)
         if not is_finished(folder):
             raise ValueError(f"no finished run in {folder} after {as_typed(command)}")
@@ -93,16 +92,13 @@ def settings_of(command):
 def check_settings(folder, wanted):
     """ValueError naming the first flag of which a run's config.json holds another value."""
     saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(wanted))  # so that a tuple is a list there too
-    for name, value in wanted.items():
-        if name in NO_MATTER:
-            continue
-        if name not in saved:
-            raise ValueError(f"{folder} was made by a script without {flags.flag(name)}: move it "
-                             "away, or choose another --out")
-        if saved[name] != value:
-            raise ValueError(f"{folder} was made with {flags.flag(name)} {saved[name]}, not "
-                             f"{value}: move it away, or choose another --out")
+    flags.check_settings(folder, saved, wanted, "move it away, or choose another --out")
+
+
+def make_way(folder, command):
+    """Moves an unfinished run aside, unless the command goes on with it."""
+    if folder.exists() and "--resume" not in command:
+        move_aside(folder)
 
 
 def move_aside(folder):
@@ -124,8 +120,7 @@ def start(command):
 
 def start_logged(command, folder, jobs):
     """The process of one of `jobs` commands; its output goes behind what is in FOLDER.log."""
-    if folder.exists():
-        move_aside(folder)
+    make_way(folder, command)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"$ {as_typed(command)}")
     sys.stdout.flush()

@@ -3,11 +3,13 @@
 A field of the Config is a flag, the comment behind it is the flag's help (the library tyro reads
 both). LIMITS holds the range of every number by the name of its field, once for all scripts.
 """
+import json
 import math
 import os
+import shlex
 import sys
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +60,12 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "groups": (2, math.inf),
 }
 MAY_BE_INFINITE = {"advantage_clip", "max_grad_norm"}  # infinite: never clipped
+# Fields that change no trained weight: where a run is, on what, and how it is looked at.
+NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
+             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
+MAY_CHANGE = set(NO_MATTER) - {"name", "out"}  # as a run goes on: its folder has them already
+
+unfinished = None  # folder of the run that is being trained, which --resume can go on with
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class TrainFlags(MachineFlags):
     keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     name: str | None = None  # the run's folder in --out; default: made from what is run
     out: str = "runs"  # folder of all runs
+    resume: str | None = None  # folder of a run that was cut short: goes on with it, by its flags
 
 
 def parse(Config, doc, argv=None, sd=None, quick=None):
@@ -91,11 +100,49 @@ def parse(Config, doc, argv=None, sd=None, quick=None):
     for name, settings in (("sd", sd), ("quick", quick)):
         if settings and f"--{name}" in words:
             default = replace(default, **settings, **{name: True})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = tyro.cli(Config, description=doc, args=words, default=default)
+    config = read(Config, doc, words, default)
+    folder = getattr(config, "resume", None)
+    if folder:
+        saved = saved_config(folder, Config)
+        config = read(Config, doc, words, saved)
+        check_settings(f"--resume {folder}: it", asdict(saved), asdict(config),
+                       "it goes on as it began", MAY_CHANGE)
     check(config)
     return config
+
+
+def read(Config, doc, words, default):
+    """tyro's Config of a command line; default: the values of flags that are not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tyro.cli(Config, description=doc, args=words, default=default)
+
+
+def saved_config(folder, Config):
+    """The Config in a run's config.json; ValueError unless this script began that run."""
+    try:
+        saved = dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--resume {folder}: no run; its config.json cannot be read") from error
+    saved.pop("method", None)
+    if saved.keys() != {field.name for field in fields(Config)}:
+        raise ValueError(f"--resume {folder}: another script began this run, or another version")
+    return Config(**{name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+                     for name, value in saved.items()})
+
+
+def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
+    """ValueError naming the first flag of which a run's saved settings hold another value."""
+    wanted = json.loads(json.dumps(wanted))  # so that a tuple is a list, as in what was saved
+    saved = json.loads(json.dumps(saved))
+    for name, value in wanted.items():
+        if name in ignored:
+            continue
+        if name not in saved:
+            raise ValueError(f"{source} was made by a script without {flag(name)}: {advice}")
+        if saved[name] != value:
+            raise ValueError(f"{source} was made with {flag(name)} {saved[name]}, not {value}: "
+                             f"{advice}")
 
 
 def check(config):
@@ -162,12 +209,22 @@ def picture_path(out):
     return out
 
 
-def run(main):
-    """main(), where bad input becomes one line on stderr and exit code 2.
+def how_to_go_on():
+    """The command that goes on with the run that is being trained, in words; or nothing."""
+    if unfinished is None:
+        return ""
+    command = shlex.join(["python", sys.argv[0], "--resume", str(unfinished)])
+    return f"; its finished rounds are kept, go on with: {command}"
 
-    Of several processes the first alone prints, but each says what it fails by.
+
+def run(main):
+    """main(), where bad input becomes one line on stderr and exit code 2, and Ctrl-C one and 130.
+
+    The line says how to go on where a training was cut short. Of several processes the first alone
+    prints, but each says what it fails by.
     """
-    stderr = sys.stderr
+    global unfinished
+    unfinished, stderr = None, sys.stderr
     if not parallel.is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):  # a log file on Windows may have no β
@@ -175,6 +232,11 @@ def run(main):
             stream.reconfigure(errors="replace")
     try:
         main()
+        return
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=stderr)
-        sys.exit(2)
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "stopped", 130
+    # Only here is all of main gone, its progress bar too: the line gets a line of its own.
+    print(f"{Path(sys.argv[0]).name}: {message}{how_to_go_on()}", file=stderr)
+    sys.exit(code)

@@ -68,6 +68,11 @@ def total(*tensors):
             dist.all_reduce(tensor)
 
 
+def wait():
+    """Goes on when every process has come here."""
+    total(torch.zeros(1))
+
+
 def total_of(numbers):
     """A dict of numbers, each added up over the processes."""
     values = torch.tensor(list(numbers.values()), dtype=torch.float64)

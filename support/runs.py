@@ -1,9 +1,12 @@
 """A run is a folder: config.json, metrics.csv (a line for each round), pictures.csv (a line for
 each picture that was drawn for training), film/, figures, evaluation.json, and the tuned weights;
-rounds/NNN/ has those after NNN rounds where --keep-every asks for them.
+rounds/NNN/ has those after NNN rounds where --keep-every asks for them. Until it is finished it has
+checkpoints/ too, from which --resume goes on as if nothing had happened.
 """
 import csv
 import json
+import math
+import os
 import re
 import time
 from contextlib import contextmanager
@@ -14,35 +17,92 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support import figures, models, parallel, prices, training
+from support import checkpoints, figures, flags, models, parallel, prices, training
 
 FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
 COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
+LOGS = ("metrics.csv", "pictures.csv")
 
 
 class Run:
-    """A new folder runs/<name>/, the rounds of its training, and what each round has logged."""
+    """A folder runs/<name>/, the rounds of its training, and what each round has logged.
+
+    The folder is a new one, or --resume's.
+    """
 
     def __init__(self, config, method):
         self.config = config
-        self.folder = new_folder(config, method)
+        self.folder = Path(config.resume) if config.resume else new_folder(config, method)
         self.rows = []  # one dict a round, as in metrics.csv
         self.film = []  # (reward queries so far, pictures of the same noise), as training goes on
         self.film_prompts = []
         self.started = self.round_started = time.perf_counter()
-        self.settings = json.dumps(asdict(config) | {"method": method}, indent=2)
-        write_text(Path(self.folder, "config.json"), self.settings)
+        self.settings = asdict(config) | {"resume": None, "method": method}
+        if not config.resume:
+            write_json(self.folder / "config.json", self.settings)
 
-    def rounds(self, pipe):
-        """0, 1, ..., with a progress bar; keeps pipe's weights after every --keep-every of them."""
-        self.bar = tqdm(range(self.config.rounds), "training", unit="round")
+    def rounds(self, pipe, *others):
+        """0, 1, ..., with a progress bar; keeps pipe's weights after every --keep-every of them.
+
+        pipe, others: all that changes from round to round. It is in a checkpoint after each, and
+        --resume restores it in place and goes on with the round after it.
+        """
+        owned = [pipe, *others]
+        first = self.go_on(owned) if self.config.resume else 0
+        flags.unfinished = self.folder
+        self.bar = tqdm(range(first, self.config.rounds), "training", unit="round", initial=first,
+                        total=self.config.rounds)
         for n in self.bar:
             self.round_started = time.perf_counter()
             yield n
             if self.config.keep_every and (n + 1) % self.config.keep_every == 0:
                 folder = Path(self.folder, "rounds", f"{n + 1:03d}")
                 save_trained(pipe, folder)
-                write_text(folder / "config.json", self.settings)
+                write_json(folder / "config.json", self.settings)
+            self.write_checkpoint(n + 1, owned)
+
+    @parallel.only_first
+    def write_checkpoint(self, n, owned):
+        """All that --resume needs to go on after n rounds."""
+        sizes = {}
+        for name in LOGS:
+            if Path(self.folder, name).is_file():
+                checkpoints.sync(self.folder / name)
+                sizes[name] = Path(self.folder, name).stat().st_size
+        notes = {"round": n, "settings": self.settings, "sizes": sizes,
+                 "seconds": time.perf_counter() - self.started}
+        checkpoints.write(self.folder, owned, notes)
+
+    def go_on(self, owned):
+        """All as it was at the newest checkpoint, in the folder too.  -> the rounds done by then
+
+        Without a checkpoint, which a run has after its first round, it begins again.
+        """
+        found = checkpoints.read_newest(self.folder)
+        notes = {"round": 0, "sizes": {}, "seconds": 0.0}
+        if found is None and count_lines(self.folder / "metrics.csv") > 2:
+            raise ValueError(f"--resume {self.folder}: it has more than a round, but no checkpoint")
+        if found:
+            state, notes = found
+            where = f"--resume {self.folder}: its checkpoint"
+            flags.check_settings(where, notes["settings"], self.settings, "it is another run's")
+            try:
+                for thing, its in zip(owned, state, strict=True):
+                    checkpoints.restore(thing, its)
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise ValueError(f"{where} does not fit this script: {error}") from error
+        for name in LOGS:
+            cut(self.folder / name, notes["sizes"].get(name, 0))
+        parallel.wait()  # for the first process, which alone cuts and deletes
+        for row in read_rows(self.folder / "metrics.csv"):
+            counts = {name: int(row[name]) for name in ("round", "queries")}
+            self.rows.append(row | counts)
+        if self.rows:
+            # A frame before the round that comes now is drawn again: it may be cut short.
+            self.film_prompts, frames = read_film(self.folder, self.rows[-1]["queries"])
+            self.film = list(frames.items())
+        self.started = time.perf_counter() - notes["seconds"]
+        return notes["round"]
 
     @contextmanager
     def looking(self):
@@ -102,7 +162,9 @@ class Run:
         for name, title in names.items():
             summary[name] = summarize(before[name], after[name]) | {"title": title}
         # Last of all: a folder with this file is a finished run.
-        write_text(Path(self.folder, "evaluation.json"), json.dumps(summary, indent=2))
+        write_json(self.folder / "evaluation.json", summary)
+        flags.unfinished = None
+        checkpoints.remove(self.folder)
         return summary
 
     @parallel.only_first
@@ -149,16 +211,16 @@ def clean(name):
 
 
 def check_folder(config):
-    """ValueError unless --out can hold a new folder of the run's --name."""
+    """ValueError unless --out can hold a new folder of the run's --name, or --resume can go on."""
+    if config.resume:
+        if Path(config.resume, "evaluation.json").is_file():
+            raise ValueError(f"--resume {config.resume}: this run is finished; "
+                             f"--model {config.resume} trains its model further")
+        return
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out}: this is a file, not a folder")
     if config.name and Path(config.out, clean(config.name)).exists():
         raise ValueError(f"--name {config.name}: there is such a run in {config.out}")
-
-
-@parallel.only_first
-def write_text(path, text):
-    path.write_text(text, encoding="utf-8")
 
 
 @parallel.only_first
@@ -170,7 +232,7 @@ def save_trained(pipe, folder):
 @parallel.only_first
 def keep_frame(folder, queries, trajectory):
     folder.mkdir(exist_ok=True)
-    write_text(folder / "prompts.json", json.dumps(trajectory.prompts, indent=2))
+    write_json(folder / "prompts.json", trajectory.prompts)
     figures.strip(trajectory.images).save(folder / f"{queries:06d}.png")
 
 
@@ -192,6 +254,29 @@ def make_folder(config, method):
 
 
 @parallel.only_first
+def write_json(path, content):
+    """A JSON file that is whole or not there."""
+    checkpoints.write_whole(Path(path), json.dumps(content, indent=2).encode())
+
+
+def count_lines(path):
+    """Lines of a text file, 0 where there is none; the last may be cut short."""
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+@parallel.only_first
+def cut(path, size):
+    """A file's first `size` bytes: what was written later is gone. With none of them, no file."""
+    length = path.stat().st_size if path.is_file() else 0
+    if length < size:
+        raise ValueError(f"{path} has lost lines: {length} bytes of {size}")
+    if size == 0:
+        path.unlink(missing_ok=True)
+    elif length > size:
+        os.truncate(path, size)
+
+
+@parallel.only_first
 def append_row(path, row):
     """One line more in a CSV file, whose first line names the columns."""
     new = not path.exists()
@@ -210,12 +295,17 @@ def read_rows(path):
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def read_film(folder):
-    """A run's film: prompts, and queries -> pictures of the same noise, one for each prompt."""
+def read_film(folder, end=math.inf):
+    """A run's film: prompts, and queries -> pictures of the same noise, one for each prompt.
+
+    end: only frames of fewer queries.
+    """
     folder = Path(folder, "film")
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     frames = {}
     for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem)):
+        if int(path.stem) >= end:
+            break
         picture = Image.open(path).convert("RGB")
         width = picture.width // len(prompts)
         frames[int(path.stem)] = [picture.crop((i * width, 0, (i + 1) * width, picture.height))

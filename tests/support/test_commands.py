@@ -25,13 +25,14 @@ class Config:
     eval_samples: int = 2
     name: str | None = None
     out: str = "runs"
+    resume: str | None = None
     sd: bool = False
 SD = dict(rounds=7)
 
 def main():
     config = flags.parse(Config, __doc__, None, SD)
-    folder = Path(config.out, config.name)
-    folder.mkdir(parents=True)
+    folder = Path(config.resume or Path(config.out, config.name))
+    folder.mkdir(parents=True, exist_ok=bool(config.resume))
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     if config.rounds == 1:
         raise ValueError
@@ -145,6 +146,24 @@ def test_an_unfinished_run_is_moved_aside_with_all_that_is_in_it(script, tmp_pat
         commands.train_missing({"a": [script]}, tmp_path)
         assert (tmp_path / f"a-unfinished-{k}" / "metrics.csv").read_text() == f"precious {k}"
         (tmp_path / "a" / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_with_a_checkpoint_goes_on_where_it_is(script, tmp_path, capfd, jobs):
+    with pytest.raises(ValueError, match="no finished run|exit code 0"):
+        commands.train_missing({"a": [script, "--rounds", "2"]}, tmp_path, jobs)
+    saved = json.loads((tmp_path / "a/config.json").read_text()) | {"rounds": 3}
+    (tmp_path / "a/config.json").write_text(json.dumps(saved))
+    (tmp_path / "a/checkpoints").mkdir()
+    (tmp_path / "a/checkpoints/round-0001.safetensors").write_text("")
+    with pytest.raises(ValueError, match="a was made with --beta 0.01, not 0.2"):
+        commands.train_missing({"new": [script], "a": [script, "--beta", "0.2"]}, tmp_path, jobs)
+    assert not (tmp_path / "new").exists()
+    commands.train_missing({"a": [script, "--eval-samples", "9"]}, tmp_path, jobs)
+    words = f"script.py --eval-samples 9 --resume {tmp_path / 'a'}\n"
+    assert words in capfd.readouterr().out
+    assert (tmp_path / "a/evaluation.json").is_file()
+    assert not (tmp_path / "a-unfinished-1").exists()
 
 
 def test_what_fails_is_named_with_its_command(script, started, tmp_path):

@@ -1,7 +1,8 @@
 """Command line: ranges of numbers, --sd, and what bad input gets."""
+import json
 import math
 import re
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib import import_module
 
 import pytest
@@ -84,3 +85,69 @@ def test_the_full_models_settings_are_those_of_the_papers():
         samples_per_prompt=10, updates_per_round=5, num_steps=50, guidance_scale=7.5,
         learning_rate=1e-5, lora_rank=4, clip_range=1e-4, ratio="per_dim", step_weight="none",
         alpha=10.0, beta=0.01).items()
+
+
+@dataclass(frozen=True)
+class Training(Config):
+    layers: tuple[str, ...] = ("a",)  # which
+    max_grad_norm: float = INFINITE  # how long
+    device: str | None = None  # where
+    name: str | None = None  # what it is called
+    resume: str | None = None  # folder
+
+
+def begin(folder, **settings):
+    folder.mkdir()
+    config = Training(**settings)
+    (folder / "config.json").write_text(json.dumps(asdict(config) | {"method": "m"}))
+    return config
+
+
+def test_resume_takes_the_runs_own_flags_and_none_that_change_it(tmp_path):
+    folder = tmp_path / "a run"
+    config = begin(folder, rounds=50, layers=("b", "c"), model="full", sd=True, eta=0.1)
+    resumed = replace(config, resume=str(folder))
+    words = ["--resume", str(folder)]
+    assert flags.parse(Training, "", words, SD) == resumed
+    assert flags.parse(Training, "", [f"--resume={folder}", "--sd", "--eta", "0.1"], SD) == resumed
+    assert flags.parse(Training, "", [*words, "--device", "cuda"]) == replace(resumed,
+                                                                             device="cuda")
+    for more, named in (("--rounds 51", "--rounds 50, not 51"), ("--name b", "--name None, not b"),
+                        ("--layers b", "--layers"), ("--no-sd", "--sd True, not False"),
+                        ("--max-grad-norm 1", "--max-grad-norm inf, not 1.0")):
+        with pytest.raises(ValueError, match=f"--resume .*{named}"):
+            flags.parse(Training, "", [*words, *more.split()], SD)
+
+
+def test_resume_refuses_what_is_no_run_of_this_script(tmp_path):
+    begin(tmp_path / "run")
+    for name, text in (("torn", '{"model'), ("list", "[1]"), ("empty", None)):
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "config.json").write_text(text)
+    for name in ("torn", "list", "empty", "nowhere"):
+        with pytest.raises(ValueError, match=f"--resume .*{name}: no run"):
+            flags.parse(Training, "", ["--resume", str(tmp_path / name)])
+    Other = make_dataclass("Other", [("beta", float, 0.5)], bases=(Training,), frozen=True)
+    with pytest.raises(ValueError, match="--resume .*run: another script began this run"):
+        flags.parse(Other, "", ["--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, "stopped"), (ValueError("the gradient is nan"), 2,
+                                            "the gradient is nan")])
+def test_what_cuts_a_training_short_is_one_line_that_says_how_to_go_on(error, code, words, capsys,
+                                                                       monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some/script.py", "--rounds", "3"])
+
+    def main(folder):
+        if folder:
+            flags.unfinished = folder
+        raise error
+
+    go_on = "; its finished rounds are kept, go on with: python some/script.py --resume 'runs/a b'"
+    for folder, more in (("runs/a b", go_on), (None, "")):
+        with pytest.raises(SystemExit) as exit:
+            flags.run(lambda: main(folder))
+        assert exit.value.code == code
+        assert capsys.readouterr().err == f"script.py: {words}{more}\n"

@@ -22,6 +22,7 @@ class Config:
     prompts_per_round: int = 2
     samples_per_prompt: int = 3
     keep_every: int = 0
+    resume: str | None = None
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypat
         "round,queries,picture,reward,kl", "1,6,0,1.0,0.0", "1,6,1,2.0,0.0", "1,6,2,6.0,0.0",
         "2,12,0,1.0,1.0", "2,12,1,2.0,1.0", "2,12,2,6.0,1.0"]
     assert json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8")) == verdict
-    assert (verdict["queries"], verdict["seconds"]) == (12, 7)
+    assert (verdict["queries"], verdict["seconds"]) == (12, 9)
     assert (verdict["gold"]["before"], verdict["gold"]["after"]) == (22, 52)
     runs.report(run, verdict)
     assert "11.000 ± 1.000 before    16.000 ± 1.000 after  gain +5.000" in capsys.readouterr().out
