@@ -198,10 +198,22 @@ def mean_and_spread(shares):
     return f"{mean:.1f} ± {spread} %"
 
 
+def read_key(file):
+    """What `write` has kept from raters.  ValueError that names the file where it is no key."""
+    try:
+        key = json.loads(file.read_text(encoding="utf-8"))
+        sides = [pair["left"] for pair in key["pairs"]]
+        if not sides or not {*sides} <= {key["a"], key["b"]} or not key["ballot"]:
+            raise ValueError("it has no pairs of two models")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not the key of a ballot ({error})") from error
+    return key
+
+
 def count_votes(files, folder):
     """Preference rates of the votes on the folder's ballot, as a table; also in its votes.md."""
     try:
-        key = json.loads((folder / "ballot_key.json").read_text(encoding="utf-8"))
+        key = read_key(folder / "ballot_key.json")
         votes = read_votes(files, key)
     except OSError as error:
         raise ValueError(f"--votes: no ballot_key.json in --out {folder}") from error

@@ -60,6 +60,8 @@ LIMITS = {  # field -> smallest and largest value; both allowed
     "groups": (2, math.inf),
 }
 MAY_BE_INFINITE = {"advantage_clip", "max_grad_norm"}  # infinite: never clipped
+MANY, HUGE = 10**6, 1e30  # instead of an infinite limit, of whole numbers and of others
+NOT_EMPTY = {"rewards", "lora_targets"}  # flags with words behind them, of which one is needed
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
 NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
              "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
@@ -96,6 +98,9 @@ def parse(Config, doc, argv=None, sd=None, quick=None):
     ValueError that names the flag for a number out of its range.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:
+        if word != word.encode(errors="ignore").decode():
+            raise ValueError(f"{word!r}: this is no text in UTF-8")
     default = Config()
     for name, settings in (("sd", sd), ("quick", quick)):
         if settings and f"--{name}" in words:
@@ -148,16 +153,19 @@ def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
 def check(config):
     """ValueError that names the first flag whose number is out of its range, or no number."""
     for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in NOT_EMPTY and not value:
+            raise ValueError(f"{flag(field.name)}: at least one is needed")
         if field.name not in LIMITS:
             continue
-        value = getattr(config, field.name)
-        low, high = LIMITS[field.name]
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if number is None:
                 continue
-            endless = number == math.inf and field.name not in MAY_BE_INFINITE
-            if not low <= number <= high or endless:
+            low, high = LIMITS[field.name]
+            if high == math.inf and field.name not in MAY_BE_INFINITE:
+                high = MANY if isinstance(number, int) else HUGE
+            if not low <= number <= high:
                 raise ValueError(f"{flag(field.name)} must be {in_words(low, high)}, not {number}")
 
 
@@ -166,7 +174,9 @@ def in_words(low, high):
     words = "above 0" if low == TINY else f"at least {low:g}"
     if high == 1 - TINY:
         return words + " and below 1"
-    return words if high == math.inf else words + f" and at most {high:g}"
+    if high == math.inf:
+        return words
+    return words + (f" and at most {high}" if isinstance(high, int) else f" and at most {high:g}")
 
 
 def flag(name):
@@ -218,10 +228,10 @@ def how_to_go_on():
 
 
 def run(main):
-    """main(), where bad input becomes one line on stderr and exit code 2, and Ctrl-C one and 130.
+    """main(), where bad input becomes one line on stderr and exit code 2; no memory left, too.
 
-    The line says how to go on where a training was cut short. Of several processes the first alone
-    prints, but each says what it fails by.
+    Ctrl-C gives one line and 130, as shells have it. The line says how to go on where a training
+    was cut short. Of several processes the first alone prints, but each says what it fails by.
     """
     global unfinished
     unfinished, stderr = None, sys.stderr
@@ -230,13 +240,21 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):  # a log file on Windows may have no β
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    script = Path(sys.argv[0]).name
     try:
         main()
         return
     except (ValueError, OSError) as error:
         message, code = str(error), 2
+    except (MemoryError, RuntimeError) as error:
+        # torch has a RuntimeError of its own for each device; all say what they could not allocate.
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        reason = str(error).split("\n")[0][:200]
+        message, code = (f"out of memory; try a smaller --batch-size or --train-batch-size, or "
+                         f"fewer pictures ({reason})"), 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
     # Only here is all of main gone, its progress bar too: the line gets a line of its own.
-    print(f"{Path(sys.argv[0]).name}: {message}{how_to_go_on()}", file=stderr)
+    print(f"{script}: {message}{how_to_go_on()}", file=stderr)
     sys.exit(code)

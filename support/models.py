@@ -16,7 +16,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
-from support import parallel, training
+from support import hub, parallel, training
 
 HERE = Path(__file__).resolve().parents[1]  # the folder of the scripts
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
@@ -27,12 +27,18 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters 
 # ---- loading --------------------------------------------------------------------------------
 
 
-def pick_device(name=None):
-    """--device, or a GPU if there is one, else the CPU."""
+def pick_device(name=None, flag="--device"):
+    """That device, or a GPU if there is one, else the CPU; ValueError if it cannot compute."""
     parallel.connect()
     for part in (torch.backends.cuda.matmul, torch.backends.cudnn):  # NVIDIA's fast float32
         part.fp32_precision = "tf32"
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).sum().item()
+    except Exception as error:  # torch raises a type of its own for nearly each kind of device
+        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0][:200]}") from error
+    return name
 
 
 def pick_dtype(name, device):
@@ -56,9 +62,14 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
     model: a folder in diffusers format, the folder of a finished run, or a name on the hub.
     dtype: of all weights; those that are trained become float32 in `trainable`.
     """
+    device = pick_device(device)
     run = find_folder(model, "evaluation.json")
     if run:
-        pipe, _ = load_run(run, device, dtype)
+        try:
+            pipe, _ = load_run(run, device, dtype)
+        except RecursionError as error:
+            raise ValueError(f"--model {model}: by its config.json, it goes on from itself"
+                             ) from error
         if (run / ADAPTER).is_file():  # merged, so that further training starts from here
             pipe.fuse_lora()
             pipe.unload_lora_weights()
@@ -72,26 +83,29 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
         pipe = read_pipeline(folder or model)
         check_scheduler(pipe.scheduler)
     except Exception as error:  # the loaders raise nearly every type there is
-        reason = str(error).strip().split("\n")[0][:200]
-        where = "cannot be used" if folder else (f"no Stable Diffusion folder here or in {HERE}, "
-                                                 "and the hub does not help")
+        where, reason = "cannot be used", str(error).strip().split("\n")[0][:200]
+        if not folder:
+            where = f"no Stable Diffusion folder here or in {HERE}, and the hub does not help"
+            reason = hub.why(error)
         raise ValueError(f"--model {model}: {where}: {reason}") from error
     pipe.unet.eval()
     for frozen in (pipe.vae, pipe.text_encoder):
         frozen.requires_grad_(False).eval()
-    try:
-        return pipe.to(pick_device(device), pick_dtype(dtype, pick_device(device)))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0][:200]}") from error
+    return pipe.to(device, pick_dtype(dtype, device))
 
 
 def read_pipeline(source):
-    """StableDiffusionPipeline.from_pretrained, with the DDIM scheduler of latent diffusion."""
+    """StableDiffusionPipeline.from_pretrained, with the DDIM scheduler of latent diffusion.
+
+    source: the Path of a folder, or else a name on the hub.
+    """
+    options = {} if isinstance(source, Path) else hub.only_here()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # use_safetensors: a pickled checkpoint could run any code, so none is ever opened.
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+            source, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            **options)
         # DDIMScheduler's own defaults (clip to ±1, end on ᾱ = 1, no offset) are for pixels: a key
         # that the file of another scheduler (v1.5 has PNDM's) leaves out must not turn into them.
         latent = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -125,10 +139,22 @@ def alphas_cumprod(scheduler, t):
     return table
 
 
+def read_config(folder):
+    """The settings of a run, from its config.json; ValueError that names the file."""
+    file = Path(folder, "config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise ValueError(f"{file}: not the settings of a run")
+    return config
+
+
 def load_run(folder, device=None, dtype="float32"):
     """The tuned model of a run's folder, and its reference (see make_reference)."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     if (folder / ADAPTER).is_file():
         pipe = load_pipeline(config["model"], device, dtype)
         pipe.load_lora_weights(folder, weight_name=ADAPTER)
@@ -160,10 +186,12 @@ def encode_prompts(pipe, prompts):
             # Without special tokens, because CLIP's own unknown token *is* its end token.
             ids = tokenizer(word, add_special_tokens=False).input_ids
             if not ids or tokenizer.unk_token_id in ids or not known[ids].all():
-                raise ValueError(f"--prompts: this model does not know {word!r} in {prompt!r}")
+                raise ValueError(f"--prompts: this model does not know {word!r:.200} in "
+                                 f"{prompt!r:.200}")
         length = len(tokenizer(prompt).input_ids)
         if length > limit:
-            raise ValueError(f"--prompts: {length} tokens, {limit} are allowed: {prompt!r}")
+            raise ValueError(f"--prompts: {length} tokens, {limit} are allowed: "
+                             f"{prompt!r:.200}")
     distinct = list(dict.fromkeys(prompts))
     embeds = pipe.encode_prompt(distinct, pipe.device, 1, False)[0]
     return embeds[[distinct.index(prompt) for prompt in prompts]]
@@ -201,7 +229,8 @@ def trainable(pipe, config):
             try:
                 pipe.unet.add_adapter(lora)
             except ValueError as error:
-                raise ValueError(f"--lora-targets: {error}") from error
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"--lora-targets: {reason}") from error
         adapters_in_float32(pipe.unet)
     else:
         pipe.unet.float()  # a small step of the optimizer would be lost in fewer digits

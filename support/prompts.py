@@ -61,10 +61,11 @@ def animals():
 
 def read_prompts(name):
     """The lines of a text file that are not empty."""
-    if not Path(name).is_file():
+    if not os.path.isfile(name):  # Path(name).is_file() fails if it is very long
         known = ", ".join([*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd",
                            "tuning"])
-        raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are {known}")
+        raise ValueError(f"--prompts {name:.200}: no such file, and no prompt set; those are "
+                         f"{known}")
     try:
         lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

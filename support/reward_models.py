@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from support import hub
 from tiny_sd import judge
 
 HERE = Path(__file__).resolve().parents[1]  # the scripts' folder
@@ -37,13 +38,14 @@ def read_weights(name, flag, source):
     try:
         if path is None:
             owner, repo, *file = str(name).split("/")
-            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file)))
+            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **hub.only_here()))
         safe = path.suffix == ".safetensors"
         weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        return {key: v.float() if v.is_floating_point() else v for key, v in weights.items()}
+        return {str(key): v.float() if v.is_floating_point() else v for key, v in weights.items()}
     except Exception as error:  # a bad name, no network, no such format: one to the reader
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:160]
-        problem = "cannot read it" if path else "no such file"
+        problem, reason = "cannot read it", f"{type(error).__name__}: {error}".split("\n")[0][:160]
+        if path is None:
+            problem, reason = "no such file", hub.why(error)
         raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
 
 
@@ -73,11 +75,14 @@ def from_hub(kind, name, flag, source, **options):
     show_progress = logging.disable_progress_bar if find(name) else logging.enable_progress_bar
     show_progress()
     try:
+        if find(name) is None:
+            options |= hub.only_here()
         return kind.from_pretrained(find(name) or name, **options)
     except Exception as error:  # the loaders raise nearly every type there is
-        reason = str(error).strip().split("\n")[0][:160]
-        raise ValueError(f"{flag} {name}: no such folder, and the hub does not help; "
-                         f"it should be {source} ({reason})") from error
+        problem, reason = "cannot be used", str(error).strip().split("\n")[0][:160]
+        if find(name) is None:
+            problem, reason = "no such folder, and the hub does not help", hub.why(error)
+        raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
@@ -232,7 +237,9 @@ class TokenEncoder:
         self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", source, **tokenizer)
         self.model = from_hub(transformers.AutoModel, name, "--bert", source,
                               dtype=torch.float32, **text_encoder).to(device).eval()
-        last = self.model.config.num_hidden_layers
+        last = getattr(self.model.config, "num_hidden_layers", None)
+        if last is None:
+            raise ValueError(f"--bert {name}: it has no layers; it should be {source}")
         self.layer = BERT_LAYERS.get(str(name), last) if layer is None else layer
         if not 0 <= self.layer <= last:
             raise ValueError(f"--bert-layer {self.layer}: {name} has layers 0 to {last}")

@@ -207,7 +207,8 @@ def report(run, summary):
 
 def clean(name):
     """A name as a folder can have it: a file's path has slashes, and a prompt is long."""
-    return re.sub(r"[^\w=.,-]+", "_", name)[:100]
+    name = re.sub(r"[^\w=.,-]+", "_", name)
+    return name.encode()[:100].decode(errors="ignore")  # what is limited is a name's bytes
 
 
 def check_folder(config):
@@ -219,6 +220,8 @@ def check_folder(config):
         return
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out}: this is a file, not a folder")
+    if config.name and not clean(config.name).strip("."):
+        raise ValueError(f"--name {config.name}: no folder can be called so")
     if config.name and Path(config.out, clean(config.name)).exists():
         raise ValueError(f"--name {config.name}: there is such a run in {config.out}")
 
@@ -335,8 +338,12 @@ def curves(runs, reward):
     """
     found = {}
     for label, _, folder in runs:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        if config["reward"] == reward:  # only equal rewards share an axis
-            rows = read_rows(Path(folder, "metrics.csv"))
-            found.setdefault(label, []).append(prices.add_evaluations(rows, config))
+        config = models.read_config(folder)
+        try:
+            if config["reward"] == reward:  # only equal rewards share an axis
+                rows = read_rows(Path(folder, "metrics.csv"))
+                found.setdefault(label, []).append(prices.add_evaluations(rows, config))
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{folder}: its config.json and metrics.csv are not those of a run "
+                             f"({type(error).__name__}: {error})") from error
     return found

@@ -2,12 +2,14 @@
 
 Nothing here is a lesson. Which names there are, chapter 2 says: its table comes in as an argument.
 """
+import copy
 import importlib.util
 import json
 import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -50,13 +52,9 @@ def get_reward(spec, table, models, device=None, flag="--reward"):
         raise ValueError(f"{flag} {spec}: unknown; choose from {', '.join(table)}, a sum "
                          "such as alignment=1,aesthetic=0.2, or path/to/file.py:function")
     if isinstance(table[spec], type):
-        of_device = "--device" if models.reward_device is None else "--reward-device"
-        device = models.reward_device or device
-        try:
-            scorer = table[spec](models, pick_device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"{of_device} {device}: {str(error).splitlines()[0][:200]}") from error
-        return in_batches(scorer, spec, models.reward_batch_size)
+        if models.reward_device:
+            device = pick_device(models.reward_device, "--reward-device")
+        return in_batches(table[spec](models, pick_device(device)), spec, models.reward_batch_size)
     return table[spec]
 
 
@@ -112,15 +110,17 @@ def reward_from_file(spec, flag="--reward"):
         function = getattr(load_module(file), name)
         if not callable(function):
             raise TypeError(f"{name} is not a function")
-    except Exception as error:  # whatever the reader's own file raises
+    except (Exception, SystemExit) as error:  # whatever the reader's own file raises
         raise ValueError(f"{flag} {spec}: {explain(error, file)}") from error
 
     def reward(images, prompts):
         try:
-            values = function(images, prompts)
-            # A generator runs only when it is read, so it is read here, where errors are explained.
-            return list(values) if isinstance(values, Iterator) else values
-        except Exception as error:
+            # Copies, for what it does to its lists or its pictures must change no one else's.
+            values = function(*copy.deepcopy((images, prompts)))
+            # A generator runs only when it is read, so it is read here, where errors are explained;
+            # one number too many is enough to see that it gives too many.
+            return list(islice(values, len(images) + 1)) if isinstance(values, Iterator) else values
+        except (Exception, SystemExit) as error:
             # Without a line of its own: its arguments did not fit, and its first line is shown.
             code = getattr(function, "__code__", None)
             raise ValueError(f"reward {spec}: {explain(error, file, code)}") from error
@@ -204,7 +204,7 @@ def read_questions(file):
             for pair in pairs:
                 if not isinstance(pair, list) or [type(word) for word in pair] != [str, str]:
                     raise ValueError(f"{pair} is no pair of strings")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"--vlm-questions {file}: it must read {{prompt: [[question, answer]]}}, "
                          f"but {error}") from error
 

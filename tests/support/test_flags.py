@@ -23,7 +23,8 @@ INFINITE = math.inf
 
 
 @pytest.mark.parametrize("name, allowed, refused", [
-    ("eta", (0, 1), (-0.01, 1.01, math.nan)), ("clip_range", (0, 0.999), (1,)),
+    ("eta", (0, 1), (-0.01, 1.01, math.nan)), ("rounds", (1, 10**6), (10**6 + 1,)),
+    ("alpha", (1e30,), (1.1e30,)), ("clip_range", (0, 0.999), (1,)),
     ("timestep_fraction", (0.01, 1), (0, 1.01)), ("seed", (0, 2**31 - 1), (-1, 2**31)),
     ("updates_per_round", (1, 1000), (0, INFINITE)), ("learning_rate", (0, 1e6), (-1e-9, INFINITE)),
     ("eval_samples", (2,), (1,)), ("samples", (1,), (0,)), ("num_steps", (1, 1000), (0, 1001)),
@@ -71,6 +72,36 @@ def test_run_turns_bad_input_into_one_line(error, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         flags.run(main)
     assert exit.value.code == 2 and capsys.readouterr().err == "script.py: --rounds: no\n"
+
+
+def test_a_word_that_is_no_text_and_a_flag_with_no_word_behind_it_are_refused():
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        flags.parse(Config, "", ["--model", "\udcff"])
+    with pytest.raises(ValueError, match="--rewards: at least one"):
+        flags.check(make_dataclass("Holder", ["rewards"])(()))
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"), 2, "--batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
+    (MemoryError(), 2, "--batch-size"), (KeyboardInterrupt(), 130, "interrupted")])
+def test_run_says_in_one_line_that_memory_or_patience_has_ended(error, code, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        flags.run(main)
+    words = capsys.readouterr().err.strip()
+    assert exit.value.code == code and message in words and "\n" not in words
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("a bug")])
+def test_run_lets_a_bug_show_where_it_is(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        flags.run(main)
 
 
 def test_the_full_models_settings_are_those_of_the_papers():

@@ -55,7 +55,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(name, source, problem,
 def test_a_name_on_the_hub_is_owner_repo_and_file(tmp_path, monkeypatch):
     torch.save({"w": torch.tensor([1.5]).half()}, tmp_path / "half.pth")
     hub = {("owner/repo", "folder/file.pth"): str(tmp_path / "half.pth")}
-    monkeypatch.setattr(nets, "hf_hub_download", lambda *names: hub[names])
+    monkeypatch.setattr(nets, "hf_hub_download", lambda *names, **_: hub[names])
     (w,) = nets.read_weights("owner/repo/folder/file.pth", "--flag", "a file").values()
     assert w.dtype == torch.float32 and w.item() == 1.5
 

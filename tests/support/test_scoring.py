@@ -40,7 +40,7 @@ PICTURES = [Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")]
 
 
 def get(spec, flag="--reward"):
-    return scoring.get_reward(spec, TABLE, RewardFlags(clip="mine"), "abacus", flag)
+    return scoring.get_reward(spec, TABLE, RewardFlags(clip="mine"), "cpu", flag)
 
 
 @pytest.mark.parametrize("spec, times", [("numbers", 1), ("numbers=2,numbers=0.5", 2.5)])
@@ -51,7 +51,7 @@ def test_every_batch_gets_its_own_prompts_and_no_gradient(spec, times):
     got = score(reward, pictures, [str(n) for n in pictures])
     assert got.tolist() == [times * 101 * n for n in pictures] and reward.__name__ == spec
     terms = spec.count("numbers")
-    assert Numbers.made == [(RewardFlags(clip="mine"), "abacus")] * terms
+    assert Numbers.made == [(RewardFlags(clip="mine"), "cpu")] * terms
     assert Numbers.batches == [32, 32, 6] * terms
 
 
