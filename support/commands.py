@@ -17,7 +17,7 @@ from support.scoring import load_module
 
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
 NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "eval_samples",
-             "keep_every")
+             "keep_every", "plan")
 
 
 def train_missing(commands, out, jobs=1):

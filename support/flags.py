@@ -69,6 +69,7 @@ class TrainFlags(MachineFlags):
     """Memory and folder of every training."""
     train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
+    plan: bool = False  # only print how much memory this would take, by part, and stop
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
     film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
     keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
