@@ -142,7 +142,7 @@ class Value:
         self.mean, self.std = torch.zeros(2)
 
     def states(self, trajectory):
-        """x_t, the prompt's mean token, t of all (picture, step) pairs, pictures first, on the CPU"""
+        """x_t, the prompt's mean token, t of all (picture, step) pairs, pictures first; on CPU"""
         B, T = trajectory.log_probs.shape
         c = trajectory.prompt_embeds.float().mean(1).cpu()
         return (trajectory.latents[:, :-1].flatten(0, 1), c.repeat_interleave(T, 0),

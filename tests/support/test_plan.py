@@ -147,7 +147,8 @@ def test_attention_is_counted_as_the_fused_one_which_keeps_no_matrix_of_all_pair
 def test_weights_of_learned_rewards_are_counted_if_they_are_here_and_named_if_not():
     flags = rewards.RewardFlags()
     networks = {
-        "aesthetic": (rewards.Aesthetic, "clip mlp"), "image_reward": (rewards.ImageReward, "model"),
+        "aesthetic": (rewards.Aesthetic, "clip mlp"),
+        "image_reward": (rewards.ImageReward, "model"),
         "vlm_strict": (rewards.VlmStrict, "ask.model"),
         "vlm_alignment": (rewards.VlmAlignment, "ask.model encode.model")}
     sizes = {}
