@@ -34,7 +34,7 @@ from typing import Literal
 
 import torch
 
-from support import flags, models, parallel, runs, training
+from support import flags, models, parallel, plan, runs, training
 from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -286,6 +286,8 @@ def train(config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD)
+    if config.plan:
+        return plan.report(config)
     run, summary = train(config)
     runs.report(run, summary)
     return run

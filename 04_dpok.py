@@ -32,7 +32,7 @@ from typing import Literal
 
 import torch
 
-from support import flags, models, parallel, runs, training
+from support import flags, models, parallel, plan, runs, training
 from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -287,6 +287,8 @@ def train(config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD)
+    if config.plan:
+        return plan.report(config, reference=True, value=True)
     run, summary = train(config)
     runs.report(run, summary)
     print("\nAt each step t: ½(κ_t/σ_t)² (nats per unit of ‖ε_θ − ε_pre‖²), and KL_t in nats")

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, parallel, runs, training  # noqa: E402
+from support import flags, models, parallel, plan, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
@@ -168,6 +168,8 @@ def train(config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, dpok.SD)
+    if config.plan:
+        return plan.report(config, reference=True, value=True)
     run, summary = train(config)
     runs.report(run, summary)
     return run

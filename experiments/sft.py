@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, parallel, runs, training  # noqa: E402
+from support import flags, models, parallel, plan, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout, forward_process, predict_noise, x0_and_noise, ...
@@ -200,6 +200,9 @@ def train(config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD)
+    if config.plan:
+        chains = 2 if config.data == "fixed" else 1  # a second one, of the pretrained model
+        return plan.report(config, reference=True, guided=False, chains=chains)
     run, summary = train(config)
     runs.report(run, summary)
     return run

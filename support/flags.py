@@ -64,7 +64,8 @@ MANY, HUGE = 10**6, 1e30  # instead of an infinite limit, of whole numbers and o
 NOT_EMPTY = {"rewards", "lora_targets"}  # flags with words behind them, of which one is needed
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
 NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
-             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
+             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume",
+             "plan")
 MAY_CHANGE = set(NO_MATTER) - {"name", "out"}  # as a run goes on: its folder has them already
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
@@ -83,6 +84,7 @@ class TrainFlags(MachineFlags):
     """Memory and folder of every training."""
     train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
+    plan: bool = False  # only print how much memory this would take, by part, and stop
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
     film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
     keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
