@@ -136,7 +136,6 @@ class Value:
         with torch.random.fork_rng():  # torch draws first weights from the global generator
             torch.manual_seed(training.torch_seed(config.seed, "value"))
             self.net = models.ValueNet(channels, width).to(pipe.device)
-        self.device = pipe.device
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=1e-2)
         self.config = config
         self.rounds = []  # the latest (x_t, c, t, r), each (B·T, ...)
@@ -152,10 +151,9 @@ class Value:
     @torch.no_grad()
     def predict(self, trajectory):
         """V at every step of every picture.  -> (B,T)"""
-        V = []
-        for states in zip(*(column.split(256) for column in self.states(trajectory))):
-            V.append(self.net(*(column.to(self.device) for column in states)))
-        return (self.mean + self.std * torch.cat(V)).view(trajectory.log_probs.shape)
+        batches = zip(*(column.split(256) for column in self.states(trajectory)))
+        V = self.mean + self.std * torch.cat([self.net(*states) for states in batches])
+        return V.view(trajectory.log_probs.shape).to(trajectory.log_probs.device)
 
     def fit(self, trajectory, r, n, batch_size=256):
         """One pass over the latest rounds, this one included, towards the final rewards r (B,)."""
@@ -167,8 +165,7 @@ class Value:
         target = (target - self.mean) / self.std
         order = training.random_stream(self.config.seed, "value batches", n).permutation(len(t))
         for rows in torch.from_numpy(order).split(batch_size):
-            *states, goal = (column[rows].to(self.device) for column in (x_t, c, t, target))
-            error = self.net(*states) - goal
+            error = self.net(x_t[rows], c[rows], t[rows]) - target[rows]
             error.square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -67,7 +67,7 @@ class Config(rewards.RewardFlags):
 
 SAME = ["model", "reward", "prompts", "num_steps", "eta", "guidance_scale"]
 SAME += [field.name for field in fields(rewards.RewardFlags)  # of pictures and of all runs
-         if field.name not in commands.NO_MATTER]
+         if field.name not in flags.NO_MATTER]
 MEANS = ("reward", "reward_se", "gold", "gold_se")
 POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
 

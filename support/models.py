@@ -283,7 +283,7 @@ def save_trained(pipe, folder):
 class ValueNet(nn.Module):
     """The network of chapter 4's V_φ(x_t, z, t): small convolutions, the prompt, the time.
 
-    (N,C,H,W), (N,W), (N,) -> (N,).
+    (N,C,H,W), (N,W), (N,) -> (N,), on the device of these, wherever the network itself is.
     """
 
     def __init__(self, channels, prompt_width, hidden=64):
@@ -296,6 +296,8 @@ class ValueNet(nn.Module):
                                    nn.Linear(2 * hidden, 1))
 
     def forward(self, x_t, c, t):
+        device = x_t.device
+        x_t, c, t = (values.to(self.judge[0].weight.device) for values in (x_t, c, t))
         turns = math.pi * (t[:, None] / 1000 - 0.5) * torch.tensor([1, 2, 4, 8]).to(x_t)
         features = torch.cat([self.look(x_t), c, turns.sin(), turns.cos()], 1)
-        return self.judge(features).squeeze(-1)
+        return self.judge(features).squeeze(-1).to(device)
