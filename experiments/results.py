@@ -165,7 +165,7 @@ def rounded(row):
     """A line of a CSV file, its numbers with four decimals; p-values keep all of theirs."""
     short = {}
     for name, text in row.items():
-        is_number = "." in text and name not in ("p", "holm", "prompt")
+        is_number = "." in text and name not in ("p", "holm", "prompt", "what")
         short[name] = f"{float(text):.4f}" if is_number else text
     return short
 

@@ -134,15 +134,16 @@ def frontier(path, curve, best, runs, names):
         ax.fill_between(x, low, high, alpha=0.25, color="black", lw=0)
         ax.plot(x, y, lw=1, color="black", label="pretrained, weighted by exp(r/β)/Z")
         if key == "reward":  # concave, with the slope β: nothing is above its last tangent either
-            far = max(x[-1], best[-1]["kl_bound"])
+            top = max([row["reward"] for row in best] + [ends[0][0] for ends in runs.values()])
+            far = x[-1] + max(0, top - y[-1]) / curve[-1]["beta"]
             ax.plot([x[-1], far], [y[-1], y[-1] + curve[-1]["beta"] * (far - x[-1])], "k:", lw=1,
                     label="tangent at its end: a bound too")
         ax.errorbar([row["kl_bound"] for row in best], [row[key] for row in best],
-                    [row[key + "_se"] for row in best], fmt=".", capsize=2, elinewidth=0.7,
-                    color="tab:red", label="best of n, at its upper bound of KL; n beside it")
+                    [row[key + "_se"] for row in best], fmt="o", ms=4, mfc="white", capsize=2,
+                    elinewidth=0.7, color="black", label="best of n, at its upper bound of KL; n beside it")
         for row in best:
             ax.annotate(f"{row['n']:.0f}", (row["kl_bound"], row[key]), size=6, xytext=(3, -8),
-                        textcoords="offset points", color="tab:red")
+                        textcoords="offset points")
         for label, ends in runs.items():  # the tip points to where the pictures' KL lies
             (mean, error), (kl, kl_error) = ends[i], ends[2]
             ax.errorbar(kl, mean, error, kl_error, fmt="<", ms=5, capsize=2, elinewidth=0.7,
@@ -150,7 +151,7 @@ def frontier(path, curve, best, runs, names):
         ax.set(xlabel="KL to the pretrained model, nats")
         ax.set_title(names[i], size=10)
         ax.set_xscale("asinh", linear_width=0.5)
-        ax.xaxis.set_major_locator(FixedLocator([0, 0.3, 1, 3, 10, 30, 100, 300, 1000]))
+        ax.xaxis.set_major_locator(FixedLocator([0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10**4]))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.set_xlim(left=-0.05)

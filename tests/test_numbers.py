@@ -132,3 +132,20 @@ def test_each_method_has_the_setting_that_was_best_among_equally_many():
     assert {method: max(found)[1] for method, found in best.items()} | {
         "DPOK_no_KL": ev.TUNED["DPOK"]} == ev.TUNED
     assert {len(settings) for settings in counts.values()} == {10}
+
+
+def test_a_methods_line_on_stopping_is_the_mean_of_its_seeds_under_each_bound():
+    """Two seeds, three kept rounds: labels are best in round 1, gold in round 2, beyond 100 nats."""
+    results, lines = import_module("experiments.results"), []
+    for seed, end in ((0, 0.5), (1, 0.9)):
+        for n, labels, kl, gold in ((0, 0.1, 0, 0.3), (10, 0.6, 50, 0.4), (20, 0.2, 500, end)):
+            lines.append({"run": f"DPOK_no_KL_seed{seed}", "round": n, "queries": 80 * n,
+                          "labels_mean": labels, "path_kl": kl, "gold": gold})
+    lines[4]["labels_mean"] = 0.05  # the second seed's labels like the pretrained model most
+    (row,) = results.rows_of_stopping([{k: str(v) for k, v in line.items()} for line in lines])
+    assert row == {
+        "method": "DPOK_no_KL", "pretrained": "0.300 ± 0.000", "end": "0.700 ± 0.200",
+        "hindsight": "0.700 ± 0.200", "rule, 100 nats": "0.350 ± 0.050",
+        "rule, 1000 nats": "0.650 ± 0.250", "rule, inf nats": "0.650 ± 0.250",
+        "price: end": 1600, "price: rule, 100 nats": 1600 + 2 * 64,
+        "price: rule, 1000 nats": 1600 + 3 * 64, "price: rule, inf nats": 1600 + 3 * 64}

@@ -129,3 +129,16 @@ def test_runs_are_read_or_measured_and_those_of_another_reward_or_prompt_refused
     monkeypatch.setattr(fr.dpok, "evaluate", lambda *args: found)
     other = fr.ends_of(tmp_path, fr.Config(gold="aesthetic"), None, None)
     assert other == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_the_table_brackets_each_kl_between_the_curve_and_a_bound():
+    names = ("kl", "reward", "reward_se", "gold", "gold_se", "beta")
+    curve = [dict(zip(names, (k, 10.0 * k, 0.1, k / 10, 0.01, 30.0 - k))) for k in range(21)]
+    best = [dict(zip(names, (9.0, 20.0, 0.2, 0.5, 0.02)), n=4, kl_bound=3.5)]
+    ends = {"a run": ((45.0, 0.3), (0.7, 0.03), (80.0, 1.0))}
+    rows = fr.table_of(curve, best, ends)
+    assert [row["what"] for row in rows] == ["β = 30", "β = 20", "β = 10", "best of 4", "a run"]
+    bounds = [(row["KL at least"], row["KL at most"]) for row in rows]
+    assert bounds == [(0, 0), (10, 10), (20, 20), (2, 3.5), (4.5, 80)]
+    assert [list(row.values())[3:] for row in rows[2:]] == [
+        [200, 0.1, 2, 0.01], [20, 0.2, 0.5, 0.02], [45, 0.3, 0.7, 0.03]]

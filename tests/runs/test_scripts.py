@@ -124,22 +124,31 @@ def full_model(tmp_path_factory):
 
 @pytest.mark.parametrize("script, words, folder, batch", [
     (mdp, "", "01_mdp", 1), (rewards, "--samples 2 --rewards compressibility", "02_rewards", 6),
-    (ddpo, "--reward compressibility --rounds 1 --eval-samples 2 --prompts-per-round 4",
-     "ddpo_is_compressibility_animals", 4),
+    (ddpo, "--reward compressibility --rounds 1 --eval-samples 2 --prompts-per-round 4 "
+     "--updates-per-round 1",
+     "ddpo_is_compressibility_animals", 8),
     (dpok, "--reward compressibility --rounds 1 --eval-samples 2 --gold incompressibility",
-     "dpok_compressibility_A_green_colored_rabbit", 4)])
+     "dpok_compressibility_A_green_colored_rabbit", 8)])
 def test_sd_runs_end_to_end_on_a_stand_in(script, words, folder, batch, full_model, tmp_path,
                                           monkeypatch):
-    forward, sizes = UNet2DConditionModel.forward, []
-    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *more, **named: (
-        sizes.append(len(x)) or forward(self, x, *more, **named)))
+    forward, sizes = UNet2DConditionModel.forward, {False: [], True: []}
+
+    def measured(self, x, *more, **named):
+        assert x.dtype == torch.bfloat16
+        sizes[torch.is_grad_enabled()].append(len(x))
+        return forward(self, x, *more, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", measured)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run = script.main(["--sd", "--model", str(full_model), "--num-steps", "2", "--device", "cpu",
                        *words.split()])
     assert names_in("runs") == {folder}
-    assert max(sizes) == 2 * batch  # guidance looks at each picture twice
+    assert max(sizes[False]) == 2 * batch  # guidance looks at each picture twice
     if script in (ddpo, dpok):
+        assert max(sizes[True]) == 2 * 4  # --train-batch-size
+        unet = models.load_run(run.folder, "cpu", "bfloat16")[0].unet
+        assert {p.dtype for name, p in unet.named_parameters() if "lora_" in name} == {torch.float32}
         assert (run.config.ratio, run.config.lora_rank) == ("per_dim", 4)
         assert names_in(run.folder) == FILES | {models.ADAPTER}
         assert runs.read_rows(run.folder / "metrics.csv")[0]["grad_norm"] > 0

@@ -84,7 +84,7 @@ def test_a_word_that_is_no_text_and_a_flag_with_no_word_behind_it_are_refused():
 @pytest.mark.parametrize("error, code, message", [
     (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"), 2, "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
-    (MemoryError(), 2, "--batch-size"), (KeyboardInterrupt(), 130, "interrupted")])
+    (MemoryError(), 2, "--batch-size"), (KeyboardInterrupt(), 130, "stopped")])
 def test_run_says_in_one_line_that_memory_or_patience_has_ended(error, code, message, capsys):
     def main():
         raise error
