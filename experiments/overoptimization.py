@@ -15,9 +15,9 @@ be used, for runs whose weights are kept on the way: here those of the part "pro
 RUN `python experiments/overoptimization.py`: 30 minutes on two CPU cores; `--only writing`: 10. It
 prints and starts commands (you can type the same), leaves out finished runs, and refuses one with
 other settings. Flags behind a lone -- are passed on: `--only proxy -- --prompts "four stars"`.
-EXPECT incompressibility to crowd the picture with stars, for this model knows no noise; and more
-and more digits, beside numbers of shapes that get no better. The KL term does not keep the digits
-out: writing costs few nats. Of the proxy, see whether gold falls at β = 0 while the proxy rises.
+EXPECT gold to fall at β = 0 while the proxy rises; incompressibility to crowd the picture with
+stars, for this model knows no noise; and more and more digits, beside numbers of shapes that get no
+better. The KL term does not keep the digits out: writing costs few nats.
 WRITES run folders runs/overoptimization_*/, and in runs/ the pictures overoptimization.png (proxy
 and gold against path KL, a dot at hindsight's best), _noise.png and _writing.png (films; the latter
 shows first of all pictures where the trick has worked), and _writing_curves.png.

@@ -140,7 +140,8 @@ def frontier(path, curve, best, runs, names):
                     label="tangent at its end: a bound too")
         ax.errorbar([row["kl_bound"] for row in best], [row[key] for row in best],
                     [row[key + "_se"] for row in best], fmt="o", ms=4, mfc="white", capsize=2,
-                    elinewidth=0.7, color="black", label="best of n, at its upper bound of KL; n beside it")
+                    elinewidth=0.7, color="black",
+                    label="best of n, at its upper bound of KL; n beside it")
         for row in best:
             ax.annotate(f"{row['n']:.0f}", (row["kl_bound"], row[key]), size=6, xytext=(3, -8),
                         textcoords="offset points")
@@ -151,7 +152,8 @@ def frontier(path, curve, best, runs, names):
         ax.set(xlabel="KL to the pretrained model, nats")
         ax.set_title(names[i], size=10)
         ax.set_xscale("asinh", linear_width=0.5)
-        ax.xaxis.set_major_locator(FixedLocator([0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10**4]))
+        ticks = [0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10000]
+        ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.set_xlim(left=-0.05)
