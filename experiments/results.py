@@ -233,7 +233,8 @@ def measure_penalties(out):
     rows = []
     for name, flags_of_it in PENALTIES.items():
         command = ["experiments/penalties.py", *flags_of_it]
-        wanted = {f"penalties_{name}_seed{seed}": [*command, "--seed", str(seed)] for seed in SEEDS_OF_SIDES}
+        wanted = {f"penalties_{name}_seed{seed}": [*command, "--seed", str(seed)]
+                  for seed in SEEDS_OF_SIDES}
         commands.train_missing(wanted, out, jobs=2)
         for seed, run in zip(SEEDS_OF_SIDES, wanted):
             summary = json.loads((out / run / "evaluation.json").read_text(encoding="utf-8"))

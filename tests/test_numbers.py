@@ -135,7 +135,7 @@ def test_each_method_has_the_setting_that_was_best_among_equally_many():
 
 
 def test_a_methods_line_on_stopping_is_the_mean_of_its_seeds_under_each_bound():
-    """Two seeds, three kept rounds: labels are best in round 1, gold in round 2, beyond 100 nats."""
+    """Two seeds, three rounds: labels are best in round 1, gold in round 2, beyond 100 nats."""
     results, lines = import_module("experiments.results"), []
     for seed, end in ((0, 0.5), (1, 0.9)):
         for n, labels, kl, gold in ((0, 0.1, 0, 0.3), (10, 0.6, 50, 0.4), (20, 0.2, 500, end)):
