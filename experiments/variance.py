@@ -61,6 +61,7 @@ class Config(rewards.RewardFlags):
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy of the UNet
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # layers with adapters
     seed: int = 0  # seed of everything
+    checkpointing: bool = False  # keep few activations and compute them again: a third slower
     out: str = "runs/variance"  # folder of variance.csv
     train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
     sd: bool = False  # chapter 4's settings for the full model become the defaults

@@ -208,6 +208,9 @@ def decode(pipe, latents):
     for rows in parallel.share(len(latents), at_once):
         z = (latents[rows] / pipe.vae.config.scaling_factor).to(pipe.device, pipe.vae.dtype)
         pixels = pipe.vae.decode(z).sample.float()
+        if not pixels.isfinite().all():
+            raise ValueError("a picture is not made of finite numbers; try a smaller "
+                             "--learning-rate, or --dtype float32")
         mine += rows.tolist()
         for i, image in zip(rows, pipe.image_processor.postprocess(pixels, output_type="pil")):
             images[i] = image

@@ -242,7 +242,7 @@ def count_numbers(file):
 def reward_bytes(config):
     """Reward or gold -> bytes of its networks, and the names of those that are not here."""
     sizes, missing = {}, []
-    on_gpu = torch.device(models.pick_device(config.device)).type == "cuda"
+    on_gpu = torch.device(config.device or models.pick_device()).type == "cuda"
     for spec in (config.reward, getattr(config, "gold", "")):
         for reward in reward_names(spec):
             for field in LEARNED.get(reward, ()):

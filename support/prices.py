@@ -3,7 +3,8 @@
 A forward pass of one latent counts 1, a backward pass 2, as is usual. Charged is what a training
 needs: to draw its pictures, to learn from them, and the reference model's passes where its gradient
 has a KL term. What is only looked at (film, fresh noise, KL and gold of a log) is not charged, nor
-is an earlier training whose run folder is the --model.
+is an earlier training whose run folder is the --model. Charged in full is a round of chapter 3 that
+leaves pictures out, because all of their prompt got the same reward.
 """
 from support.training import mean_se
 

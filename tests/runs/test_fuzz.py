@@ -118,7 +118,7 @@ BY_HAND = [  # script, words, what the message must name
     ("03", "--reward r.py:not_a_function", "not a function"),
     ("04", "--gold r.py:boom:boom", "--gold"), ("05", "--others r.py:nothing", "--others"),
     # Rewards: a file's function that raises, or gives what is no number for each picture.
-    ("03", "--reward r.py:stops", "interrupted"), ("04", "--gold r.py:leaves", "r.py:"),
+    ("03", "--reward r.py:stops", "stopped"), ("04", "--gold r.py:leaves", "r.py:"),
     ("02", "--rewards r.py:quits", "r.py:"), ("02", "--rewards r.py:boom=1", "r.py:"),
     ("05", "--gold r.py:boom", "r.py:"), ("03", "--reward r.py:large", WELL),
     *[("03", f"--reward r.py:{name}", "r.py:") for name in (
@@ -388,7 +388,7 @@ def test_a_command_line_ends_well_or_in_one_message(script, words, named, quick,
     if code == 0:
         assert named in (WELL, ANY)
         return
-    assert code == (130 if named == "interrupted" else 2), message
+    assert code == (130 if named == "stopped" else 2), message
     of_tyro = "For full helptext" in message  # a box, else one line
     assert of_tyro or message.splitlines()[-1].startswith(f"{NAMES[script]}.py: ")
     if named == ANY:

@@ -24,7 +24,7 @@ SCRIPTS = {  # name -> script, its flags
     "dpok": ("04_dpok", "--prompts bias --value-rounds 3 --lora-rank 2 --keep-every 2"),
     "penalties": ("experiments.penalties", "--target-kl 0.5 --kl reward --lora-rank 2"),
     "sft": ("experiments.sft", "--lora-rank 2 --temperature 0.01 --beta 0.1")}
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 1))
 
 
 class Killed(BaseException):
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_last_good_round(tmp_path, monke
     with pytest.raises(SystemExit) as exit:
         flags.run(lambda: import_module("03_ddpo").main(words))
     last = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and "03_ddpo.py: the gradient is " in last
+    assert exit.value.code == 2 and "--learning-rate" in last
     assert last.endswith(f"go on with: python 03_ddpo.py --resume {tmp_path / 'a'}")
     rounds_done = len(runs.read_rows(tmp_path / "a/metrics.csv"))
     assert checkpoints.read_newest(tmp_path / "a")[1]["round"] == rounds_done > 0

@@ -33,9 +33,9 @@ def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path
         pipe.unet.register_forward_hook(count)
         return pipe
 
-    def rounds(run, pipe):
+    def rounds(run, *owned):
         training[0] = True
-        yield from all_rounds(run, pipe)
+        yield from all_rounds(run, *owned)
         training[0] = False
     load_pipeline, all_rounds = models.load_pipeline, runs.Run.rounds
     monkeypatch.setattr(models, "load_pipeline", load)
