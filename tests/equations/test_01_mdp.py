@@ -280,6 +280,20 @@ def test_the_ratio_on_replay_is_exactly_one(dtype, scale):
         assert torch.equal(mean, trajectory.means[:, k])
 
 
+@pytest.mark.parametrize("dtype, bound", (("float32", 1e-3), ("bfloat16", 0.05)))
+def test_a_log_prob_hardly_depends_on_who_else_is_in_the_batch(dtype, bound):
+    """A clip range of 0.2 is on its exponential, so a move of 0.05 would not yet be clipped."""
+    pipe = models.load_pipeline("tiny_sd", "cpu", dtype)
+    config = mdp.Config(num_steps=4, guidance_scale=3.0)
+    trajectory = mdp.rollout(pipe, PROMPTS, config, (0, "train", 0))
+    with torch.no_grad():
+        for i, k in [([0], 0), ([1, 2], 1), ([2], 3), ([2, 0, 1, 0], 2)]:
+            i, k = torch.tensor(i), torch.full((len(i),), k)
+            mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
+            moved = mdp.log_prob(trajectory.latents[i, k + 1], mean, std)
+            assert (moved - trajectory.log_probs[i, k]).abs().max() < bound
+
+
 @pytest.mark.parametrize("prompts, eta, named", (
     (PROMPTS, 0.0, "--eta 0.*density"), ([], 1.0, "--prompts")))
 def test_no_policy_and_no_prompts_are_refused(prompts, eta, named, pipe):
