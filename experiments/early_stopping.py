@@ -16,9 +16,9 @@ pictures that it is measured on, so it is too high; those of the rule and of the
 
 RUN `python experiments/early_stopping.py --runs runs/eval/train/*_seed0`: runs of 03, 04 or sft.py
 that were trained with `--keep-every`; about ten seconds for each kept round on one CPU core.
-EXPECT the labels to save a training that collapses, and elsewhere to end about where training ends,
+EXPECT the labels to undo a training that collapses, and elsewhere to end about where training ends,
 at a higher price; and a bound of 100 nats to stop most RL far too early, for its path KL, which is
-only an upper bound, grows without harm. TRY `--labels 512`, `--kl-bound 100`.
+only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100`.
 WRITES early_stopping.csv (a line for each run and round; "stopped": whether the rule keeps this
 round) and early_stopping.png in --out. The price counts a label as one more reward query.
 """

@@ -15,7 +15,7 @@ has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
 
 RUN `python experiments/frontier.py --runs runs/sweep_beta_*`: some minutes on two CPU cores. What
 is drawn is kept block by block, so it can be stopped anywhere and goes on from there.
-EXPECT best of n close under the curve, and the runs far to its right.
+EXPECT best of n nearer to the curve the larger n is, and runs that learned far to its right.
 WRITES frontier.csv, best_of_n.csv, table.csv (all that is printed) and frontier.png in --out,
 beside the cache pictures.csv. Errors are standard errors by a bootstrap over pictures, the curve's
 at equal KL. A small β rests on few pictures: where fewer than 50 effective ones are left, ESS =

@@ -11,7 +11,7 @@ on, because those of the steps before it were paid before it was drawn (causalit
     ∇J  = E[ α·Σ_k ∇log p_θ(a_k|s_k)·R_k ]
 
 That is all of ∇J, with the term that chapter 4 drops: how θ changes which states are visited (at a
-round's first update, with --step-weight none). `--target-kl` moves β until the path KL is there:
+round's first update, with --step-weight none). `--target-kl` moves β towards that path KL:
 
     β ← β·(1 + ⅕·clip(KL/target − 1, −1, 1))
 
