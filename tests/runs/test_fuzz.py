@@ -372,7 +372,7 @@ def end_of(script, argv, monkeypatch):
     return 0
 
 
-@pytest.mark.parametrize("script, words, named", [*BY_HAND, *random_cases(60)])
+@pytest.mark.parametrize("script, words, named", [*BY_HAND, *random_cases(20)])
 def test_a_command_line_ends_well_or_in_one_message(script, words, named, quick, desk, capsys,
                                                     monkeypatch):
     words = shlex.split(words)
