@@ -259,18 +259,18 @@ def train(config):
     params = models.trainable(pipe, config)
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     K = updates(config)
-    history = {}  # of the running baseline
+    baseline = {}  # the running baseline's rewards, by prompt
     print_clip(config, math.prod(models.latent_shape(pipe)))
     before = evaluate(pipe, all_prompts, reward, config)
     run = runs.Run(config, f"ddpo_{config.estimator}")
 
-    for n in run.rounds(pipe, optimizer, history):
+    for n in run.rounds(pipe, optimizer, baseline):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
-        A = advantages(r, prompts, history, config).to(pipe.device)[:, None]
+        A = advantages(r, prompts, baseline, config).to(pipe.device)[:, None]
         A = A * scale  # (B,T); no step weight is negative, so min keeps its sides
 
         for pictures in training.minibatches(len(prompts), K, config.seed, n):

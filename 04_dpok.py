@@ -252,11 +252,11 @@ def train(config):
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     K = config.updates_per_round
     ddpo.print_clip(config, math.prod(models.latent_shape(pipe)))
-    value = Value(pipe, config)
+    baseline = Value(pipe, config)
     before = evaluate(pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, "dpok")
 
-    for n in run.rounds(pipe, optimizer, value):
+    for n in run.rounds(pipe, optimizer, baseline):
         if run.is_film_due(n):
             run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
         prompts = training.prompts_of_round(all_prompts, config, n)
@@ -265,14 +265,14 @@ def train(config):
             reference_means = step_means(pipe, trajectory, config)
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         g = rewards.score(gold, trajectory.images, prompts, run.folder)
-        A = value_advantage(r.float().to(pipe.device), value.predict(trajectory), prompts)
+        A = value_advantage(r.float().to(pipe.device), baseline.predict(trajectory), prompts)
         A = A * scale  # (B,T); no step weight is negative, so min keeps its sides
 
         for pictures in training.minibatches(len(prompts), K, config.seed, n):
             stats = accumulate(pipe, trajectory, reference_means, A, pictures, config, n)
             stats |= training.optimizer_step(optimizer, params, config)
         if config.value:
-            value.fit(trajectory, r, n)
+            baseline.fit(trajectory, r, n)
         stats |= {"gold": g, "kl": path_kl(pipe, trajectory, reference_means, config).sum(1)}
         run.log(n, reward=r, **stats)
 

@@ -95,7 +95,7 @@ def kept_rounds(folder):
 
 def measure(pipe, reference, saved, gold, config):
     """Labels and path KL on the noise of the run's own seed, and the truth on that of all runs."""
-    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size, "dtype": config.dtype})
+    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size})
     columns, all_prompts = {}, get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
     trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", saved["seed"]))

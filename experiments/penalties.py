@@ -17,7 +17,8 @@ round's first update, with --step-weight none). `--target-kl` moves β towards t
 
 RUN `python experiments/penalties.py --kl mse`, or `--target-kl 10`: two minutes each on two CPU
 cores; all of chapter 4's flags are there. EXPECT mse to leave the step free at which most nats are
-paid, so that the path KL grows several times further than chapter 4's, for the same gold.
+paid, so that the path KL grows several times further than chapter 4's, for the same gold; and
+reward to pay more nats than chapter 4 at the same β, too.
 WRITES a run folder like chapter 4's. Without its own two flags this script *is* chapter 4.
 """
 import sys

@@ -63,7 +63,7 @@ class Config(rewards.RewardFlags):
     seed: int = 0  # seed of everything
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
     out: str = "runs/variance"  # folder of variance.csv
-    train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
+    train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
     sd: bool = False  # chapter 4's settings for the full model become the defaults
 
 

@@ -75,14 +75,14 @@ unfinished = None  # folder of the run that is being trained, which --resume can
 class MachineFlags:
     """Where and how every script computes: nothing here changes a result by more than rounding."""
     batch_size: int = 64  # pictures per UNet call where nothing is learned
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights that nobody trains
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights that are not trained
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
 
 @dataclass(frozen=True)
 class TrainFlags(MachineFlags):
     """Memory and folder of every training."""
-    train_batch_size: int = 64  # pictures at a step per UNet call in training; memory, not result
+    train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
     plan: bool = False  # only print how much memory this would take, by part, and stop
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
@@ -90,7 +90,7 @@ class TrainFlags(MachineFlags):
     keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     name: str | None = None  # the run's folder in --out; default: made from what is run
     out: str = "runs"  # folder of all runs
-    resume: str | None = None  # folder of a run that was cut short: goes on with it, by its flags
+    resume: str | None = None  # folder of a run that was cut short: goes on where it stopped
 
 
 def parse(Config, doc, argv=None, sd=None, quick=None):
