@@ -233,7 +233,9 @@ def accumulate(pipe, trajectory, advantage, pictures, config, n):
             J = ddpo_is_objective(log_prob, old_log_prob, advantage[i, k], config.clip_range)
         # E[Σ_t …], a mean over pictures and a sum over steps, is T times the mean over all pairs.
         loss = -J.sum() * T * share
-        loss.backward()
+        slope, = torch.autograd.grad(loss, log_prob)
+        if slope.any():  # else all are clipped flat: no need to go back through the UNet
+            log_prob.backward(slope)
         outside = ((log_prob - old_log_prob).exp() - 1).abs() > config.clip_range
         stats["clip_fraction"] += outside.sum().item() * share_of_useful
         stats["kl_old"] += kl_old.sum().item() * T * share_of_useful

@@ -1,10 +1,14 @@
 """`pytest --equations` prints which function holds which equation, and which tests check it."""
+import os
 import re
 import shutil
 from importlib import import_module
 from operator import attrgetter
 
 import pytest
+
+# Before torch is imported: on tensors this small, two threads mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     from selenium import webdriver

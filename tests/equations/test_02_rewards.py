@@ -13,6 +13,7 @@ import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from experiments import make_rewards
 from support import reward_models as nets
 from tiny_sd import shapes
 
@@ -45,6 +46,7 @@ def clip_input(images):
 # ---- rewards that need no model -------------------------------------------------------------
 
 
+@pytest.mark.equation("kilobytes", "02_rewards.jpeg_kilobytes")
 @pytest.mark.equation("compressibility", "02_rewards.compressibility")
 @pytest.mark.equation("incompressibility", "02_rewards.incompressibility")
 def test_jpeg_rewards_are_the_file_size_in_kilobytes(tmp_path):
@@ -55,6 +57,10 @@ def test_jpeg_rewards_are_the_file_size_in_kilobytes(tmp_path):
         kilobytes.append((tmp_path / "a.jpg").stat().st_size / 1000)
     assert rewards.incompressibility(images, ["x", "y"]) == kilobytes
     assert rewards.compressibility(images, ["x", "y"]) == [-size for size in kilobytes]
+    see_through = images[0].convert("RGBA")  # JPEG has no transparency
+    assert rewards.jpeg_kilobytes(see_through) == kilobytes[0]
+    images[0].save(tmp_path / "b.jpg", quality=30)
+    assert rewards.jpeg_kilobytes(images[0], 30) == (tmp_path / "b.jpg").stat().st_size / 1000
 
 
 ONE = picture(("circle", "red", 20, 30, 8))
@@ -265,6 +271,29 @@ def test_an_answer_is_right_word_for_word():
 
 
 # ---- rank correlation, and what main prints and draws ---------------------------------------
+
+
+@pytest.mark.equation("ranks", "02_rewards.ranks")
+def test_ranks_are_the_mean_places_in_a_sorted_list():
+    for values in ([3.0], [2, 2, 2], [5, 5, 7, 6, 5], [0.5, -1, 0.5, 9, 9, -1]):
+        want = []
+        for value in values:
+            places = [place + 1 for place, other in enumerate(sorted(values)) if other == value]
+            want.append(sum(places) / len(places))
+        assert rewards.ranks(torch.tensor(values)).tolist() == want
+
+
+@pytest.mark.equation("Bradley–Terry", "experiments.make_rewards.bradley_terry_loss")
+def test_bradley_terry_loss_is_minus_the_log_of_the_chance_that_the_better_wins():
+    better = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    worse = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
+    loss = make_rewards.bradley_terry_loss(better, worse)
+    wins = [math.exp(b) / (math.exp(b) + math.exp(w)) for b, w in zip(better.tolist(), worse)]
+    assert loss.item() == pytest.approx(-sum(map(math.log, wins)) / 3, rel=1e-9)
+    loss.backward()
+    assert better.grad.tolist() == pytest.approx([-(1 - win) / 3 for win in wins])
+    far = make_rewards.bradley_terry_loss(torch.tensor([-1000.0]), torch.tensor([1000.0]))
+    assert far.item() == pytest.approx(2000)  # where exp overflows or log(0) is infinite
 
 
 @pytest.mark.equation("Spearman's ρ", "02_rewards.spearman")

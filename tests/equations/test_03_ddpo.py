@@ -363,6 +363,26 @@ def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(no
     assert stats == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_batch_that_is_clipped_flat_is_not_taken_back_through_the_unet():
+    trajectory, A, pipe = example()
+    config = replace(CONFIG, train_batch_size=1, clip_range=0.02)
+    pictures = torch.tensor([7, 2, 3, 0, 8])
+    by_hand, _ = gradient_by_hand(pipe, trajectory, A, pictures, config, 4)
+    _, log_prob = means_and_log_probs(pipe, trajectory, config.eta, config.guidance_scale)
+    ratio = (log_prob - trajectory.log_probs).exp()[pictures]
+    outwards = torch.where(A[pictures] > 0, ratio > 1.02, ratio < 0.98)
+    seen = []
+
+    def watch(unet, inputs, output):
+        output.sample.register_hook(seen.append)
+
+    pipe.unet.register_forward_hook(watch)
+    ddpo.accumulate(pipe, trajectory, A, pictures, config, 4)
+    for p, expected in zip(pipe.unet.parameters(), by_hand, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-7, atol=1e-9)
+    assert 3 < len(seen) == (~outwards).sum() < outwards.numel() - 3
+
+
 def test_an_update_with_nothing_to_learn_is_a_step_along_a_gradient_of_zero():
     trajectory, A, pipe = example()
     stats = ddpo.accumulate(pipe, trajectory, 0 * A, torch.arange(3), CONFIG, 4)

@@ -40,6 +40,7 @@ def test_alpha_weighs_the_surrogate_and_beta_takes_the_kl_away():
             dpok.dpok_objective(**inputs | bad, clip_range=0.2, alpha=1, beta=1)
 
 
+@pytest.mark.equation("μ(x_t, z, t)", "04_dpok.step_means")
 @pytest.mark.equation("KL_t", "04_dpok.path_kl")
 @pytest.mark.parametrize("eta, scale, batch_size", [(1.0, 1.0, 1000), (0.4, 3.0, 4)])
 def test_step_means_and_path_kl_are_of_the_present_policy_at_every_state(eta, scale, batch_size):
@@ -138,6 +139,7 @@ def make_value(**changed):
 
 
 @pytest.mark.equation("V", "04_dpok.Value")
+@pytest.mark.equation("V", "04_dpok.Value.fit")
 def test_value_learns_what_each_state_says_of_the_reward():
     """Late states tell the reward, the first only the prompt's part: judged on new pictures."""
     value, (test, r) = make_value(), round_of_pictures(99, 100)
@@ -152,6 +154,7 @@ def test_value_learns_what_each_state_says_of_the_reward():
     assert torch.corrcoef(torch.stack([V[:, 0], prompt_part]))[0, 1] > 0.8
 
 
+@pytest.mark.equation("V", "04_dpok.Value.fit")
 def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_from():
     (first, r_first), (second, r_second) = round_of_pictures(1), round_of_pictures(2)
     torch.manual_seed(1)
@@ -171,6 +174,7 @@ def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_f
     assert torch.equal(state, torch.get_rng_state()), "global random numbers were drawn"
 
 
+@pytest.mark.equation("V", "04_dpok.Value.fit")
 def test_value_is_fitted_on_the_latest_rounds_and_each_pictures_own_reward(monkeypatch):
     calls, original = [], training.random_stream
     monkeypatch.setattr(training, "random_stream", lambda *a: calls.append(a) or original(*a))

@@ -2,6 +2,7 @@
 import math
 from importlib import import_module
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,36 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
     u = (torch.arange(200000, dtype=torch.float64) + 0.5) / 200000
     p = n * u ** (n - 1)
     assert ev.best_of_n_kl(n) == pytest.approx((p * p.log()).mean().item(), abs=1e-4)
+
+
+@pytest.mark.equation("best of n", "05_eval.best_of_n")
+def test_best_of_n_keeps_the_best_by_reward_so_far_of_each_request(monkeypatch):
+    r = torch.tensor([[1.0, 5.0, 0.0], [2.0, 4.0, 0.0], [-1.0, 9.0, 0.0], [3.0, 1.0, 0.5],
+                      [7.0, 9.0, 0.1], [7.0, 0.0, 0.7]])  # draw k, request i
+    calls, requests = [], [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+
+    def draw(pipe, wanted, config, k=0):
+        assert wanted == requests
+        calls.append(k)
+        return SimpleNamespace(images=[(k, i) for i in range(3)])
+
+    def reward(images, prompts):
+        assert prompts == ["a", "b", "c"]
+        return [r[image].item() for image in images]
+
+    monkeypatch.setattr(ev, "draw", draw)
+    monkeypatch.setattr(ev.rewards, "score",
+                        lambda reward, images, prompts, out: torch.tensor(reward(images, prompts)))
+    measures = SimpleNamespace(rewards={"reward": reward},
+                               rows=lambda wanted, images, kl: (list(images), kl))
+    config = SimpleNamespace(best_of=6, out=".")
+    found = ev.best_of_n({3, 6, 50}, None, requests, measures, config)
+    assert calls == [0, 1, 2, 3, 4, 5] and set(found) == {1, 2, 3, 4, 6}
+    for n, ((measured, kl), images) in found.items():
+        best = r[:n].max(0).values
+        want = [(r[:n, i].tolist().index(best[i]), i) for i in range(3)]  # the first of equals
+        assert measured == images == want
+        assert kl == pytest.approx([math.log(n) - (n - 1) / n] * 3)
 
 
 def make_rows(values, seed=0, split="seen", prompts="abc"):

@@ -87,6 +87,7 @@ def test_errors_at_equal_kl_are_those_of_the_free_energy():
         assert error == pytest.approx([r.std().item() / 2000**0.5] * 2, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(fr, "BLOCK", 20)
     whole = fr.main([*TINY, f"{tmp_path}/whole"])

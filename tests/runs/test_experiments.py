@@ -132,6 +132,7 @@ def test_sft_times_only_what_its_updates_need(data, needed, tmp_path, monkeypatc
     assert [row["seconds"] for row in run.rows] == [needed] * 2
 
 
+@pytest.mark.slow
 def test_without_flags_of_its_own_penalties_is_chapter_4(tmp_path, instant_rewards):
     words = [*TINY, "--beta", "0.3", "--updates-per-round", "3", "--batch-size", "2", "--out",
              str(tmp_path)]
@@ -168,6 +169,7 @@ def test_each_leash_gets_its_betas_and_its_advantage(kl, tmp_path, monkeypatch, 
         assert A.numpy() == pytest.approx((R - (R.sum(0) - R) / 3).numpy(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_lemma_from_another_folder(tmp_path):
     file = commands.HERE / "experiments" / "lemma.py"
     ended = subprocess.run([sys.executable, str(file), "--eta", "0.9"], cwd=tmp_path,

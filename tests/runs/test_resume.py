@@ -117,6 +117,7 @@ def start_and_wait(script, words, folder):
     return process, log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpo", "dpok"] if KILLS > 3 else ["dpok"])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(name, tmp_path):
     script, words = SCRIPTS[name]

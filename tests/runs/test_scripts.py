@@ -28,6 +28,7 @@ def names_in(folder):
     return {file.name for file in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, words, said, files", [
     ("01_mdp", ["--num-steps", "3"], "Scored in a batch of its own", {"01_mdp/beliefs.png"}),
     ("02_rewards", ["--samples", "2", "--num-steps", "3", "--show", "3"], "rank correlation",
@@ -48,7 +49,7 @@ def test_scripts_run_from_anywhere_into_a_log_without_greek(script, words, said,
 
 @pytest.mark.parametrize("script, words, weights", [
     (ddpo, ["--learning-rate", "1e-3"], "model/unet/diffusion_pytorch_model.safetensors"),
-    (dpok, ["--learning-rate", "1e-2"], models.ADAPTER)])
+    pytest.param(dpok, ["--learning-rate", "1e-2"], models.ADAPTER, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_again_bit_for_bit_and_another_goes_on_from_it(script, words, weights,
                                                                          tmp_path, capsys):
     def start(*more):
@@ -193,6 +194,7 @@ def test_bad_input_gets_one_message_and_does_no_harm(script, words, named, tmp_p
         assert [file.read_text() for file in files] == ["precious"]
 
 
+@pytest.mark.slow
 def test_reward_rises_by_more_than_its_spread(tmp_path):
     run = ddpo.main([
         "--reward", "compressibility", "--prompts", "color", "--rounds", "8", "--num-steps", "5",

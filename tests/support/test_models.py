@@ -117,6 +117,7 @@ def test_first_weights_of_adapters_are_a_function_of_the_seed():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.equation("p_pre", "support.models.make_reference")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_is_the_pretrained_model_bit_for_bit(rank, pipe):
     pretrained = predict(pipe)

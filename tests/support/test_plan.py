@@ -319,6 +319,7 @@ def measured():
 count = functools.cache(plan.count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTITIES)
 def test_a_process_takes_as_much_memory_as_was_counted(name, measured):
     found = count(settings_of(name))

@@ -54,6 +54,17 @@ def test_every_prompt_comes_before_any_comes_again(per_round, count):
     assert training.prompts_of_round(prompts, other, 0)[::3] != line[:4 * count]
 
 
+@pytest.mark.equation("minibatches", "support.training.minibatches")
+def test_minibatches_hold_each_picture_once_and_hardly_differ_in_size():
+    for samples, updates in ((10, 1), (10, 3), (6, 6)):
+        parts = training.minibatches(samples, updates, 5, 2)
+        sizes = [len(part) for part in parts]
+        assert len(parts) == updates and max(sizes) - min(sizes) <= 1
+        want = np.random.default_rng([5, 6, 2, 0]).permutation(samples)  # 6: "minibatches"
+        assert torch.cat(list(parts)).tolist() == want.tolist()
+    assert not torch.equal(*(torch.cat(training.minibatches(50, 2, 5, n)) for n in (0, 1)))
+
+
 def test_spread_evenly():
     assert training.spread_evenly(["a", "b", "c"], 7) == list("abcabca")
     assert training.spread_evenly(list("abcde"), 3) == list("abd")

@@ -1,0 +1,96 @@
+"""Cutting functions out of source text, and putting others into their place.
+
+All of it works on text by line numbers from Python's own parser, so that comments and layout of
+everything else stay as they are.
+"""
+import ast
+import re
+import textwrap
+
+
+def find(tree, name):
+    """The node of a function, "accumulate" or "Value.fit", in a module's tree; or None."""
+    for word in name.split("."):
+        tree = next((node for node in tree.body if getattr(node, "name", None) == word), None)
+        if tree is None:
+            return None
+    return tree
+
+
+def head_of(node):
+    """How many of a function's first statements are its docstring and asserts of shapes."""
+    count = 1 if ast.get_docstring(node, clean=False) is not None else 0
+    while count < len(node.body) and isinstance(node.body[count], ast.Assert):
+        count += 1
+    return count
+
+
+def answer_of(node):
+    """The statements that a student has to write: what follows docstring and asserts."""
+    return node.body[head_of(node):]
+
+
+def blank(source, exercises):
+    """Source in which the answers of these exercises are one line each, that raises."""
+    lines, tree = source.splitlines(), ast.parse(source)
+    nodes = [(find(tree, exercise.name), exercise) for exercise in exercises]
+    for node, exercise in sorted(nodes, key=lambda pair: -pair[0].lineno):  # from the end
+        answer = answer_of(node)
+        first, last = answer[0].lineno, node.end_lineno
+        while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
+            first -= 1
+        about = f"about {len(code_lines(lines[first - 1:last]))} lines"
+        indent = " " * answer[0].col_offset
+        raised = f'raise NotImplementedError("Exercise {exercise.number}: {exercise.title}, {about}")'
+        lines[first - 1:last] = [indent + raised]
+    return "\n".join(lines) + "\n"
+
+
+def code_lines(lines):
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def function_text(source, name):
+    """The text of one function, without its decorators; None where there is none.
+
+    Where the file cannot be parsed, because something else in it is broken, the function ends at
+    the first line that is not indented further than its `def`.
+    """
+    try:
+        node = find(ast.parse(source), name)
+        if node is None:
+            return None
+        lines = source.splitlines()[node.lineno - 1:node.end_lineno]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        lines = lines_by_indentation(source.splitlines(), name)
+        if lines is None:
+            return None
+    return textwrap.dedent("\n".join(lines)) + "\n"
+
+
+def lines_by_indentation(lines, name):
+    start, indent = 0, -1
+    for word in name.split("."):  # a method's `def` stands further in than its class
+        pattern = re.compile(rf"( *)(def|class) {word}\b")
+        for start in range(start, len(lines)):
+            match = pattern.match(lines[start])
+            if match and len(match[1]) > indent:
+                indent = len(match[1])
+                break
+        else:
+            return None
+    end = start + 1
+    while end < len(lines) and (not lines[end].strip() or lines[end].lstrip().startswith(")")
+                                or len(lines[end]) - len(lines[end].lstrip()) > indent):
+        end += 1
+    return lines[start:end]
+
+
+def is_blank(text):
+    """Whether a function's text still has nothing but the line that make.py left."""
+    try:
+        answer = answer_of(ast.parse(text).body[0])
+    except SyntaxError:
+        return False
+    return (len(answer) == 1 and isinstance(answer[0], ast.Raise)
+            and "NotImplementedError" in ast.unparse(answer[0]))

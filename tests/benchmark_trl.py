@@ -1,0 +1,124 @@
+"""The same training in TRL 0.23.1, the last version that had a DDPOTrainer: for tests/benchmark.py.
+
+It runs in an environment of its own, with the libraries of that time:
+
+    pip install torch trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 accelerate==1.10.1 \
+        peft==0.17.1 ftfy pillow
+
+Prints one JSON line a round: CPU seconds since the first round began, and the mean reward.
+"""
+import argparse
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"),
+                    ("TRANSFORMERS_VERBOSITY", "error"), ("CUDA_VISIBLE_DEVICES", "")):
+    os.environ[name] = value
+warnings.filterwarnings("ignore")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from PIL import Image  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny_sd import judge, shapes  # noqa: E402
+
+EPOCH = dict(  # the work of benchmark.py's "epoch"
+    sample_num_steps=20, sample_guidance_scale=5.0, train_cfg=True, sample_batch_size=16,
+    sample_num_batches_per_epoch=4, train_batch_size=16, train_learning_rate=3e-4)
+LEARNING = dict(  # 03's defaults: 128 pictures, 10 steps, no guidance, 2 updates, all weights
+    sample_num_steps=10, sample_guidance_scale=1.0, train_cfg=False, sample_batch_size=64,
+    sample_num_batches_per_epoch=2, train_batch_size=64, per_prompt_stat_tracking=True)
+
+
+def old_format(folder):
+    """A copy of a pipeline's folder whose tokenizer has the two files of older versions, too."""
+    copy = Path(tempfile.mkdtemp(), "model")
+    shutil.copytree(folder, copy)
+    file = copy / "tokenizer/tokenizer.json"
+    if file.is_file():
+        model = json.loads(file.read_text())["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (copy / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"]))
+        (copy / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return str(copy)
+
+
+def pictures_of(images):
+    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).numpy().transpose(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def compressibility(images, prompts, metadata):
+    sizes = []
+    for picture in pictures_of(images):
+        file = io.BytesIO()
+        picture.save(file, format="JPEG", quality=95)
+        sizes.append(-file.tell() / 1000)
+    return np.array(sizes), {}
+
+
+def alignment(images, prompts, metadata):
+    scores = [judge.score(seen, shapes.parse(prompt))
+              for seen, prompt in zip(judge.see(pictures_of(images)), prompts)]
+    return np.array(scores, dtype=float), {}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1] / "tiny_sd"))
+    parser.add_argument("--part", choices=("epoch", "learning"), default="epoch")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU seconds at most")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    PartialState()  # TRL's logger raises unless accelerate has started
+    logging.disable(logging.WARNING)
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    prompts, reward, settings = shapes.prompts_of("location"), compressibility, EPOCH
+    if flags.part == "learning":
+        reward, settings = alignment, LEARNING | {"train_learning_rate": flags.learning_rate}
+    pipeline = DefaultDDPOStableDiffusionPipeline(old_format(flags.model), use_lora=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if flags.part == "learning":
+        encode = pipeline.sd_pipeline.encode_prompt
+
+        def encode_without_empty(*arguments, **options):
+            """TRL joins the empty prompt's embeddings to the others also where guidance is 1."""
+            embeddings = encode(*arguments, **options)[0]
+            return embeddings, embeddings[:0]
+
+        pipeline.sd_pipeline.encode_prompt = encode_without_empty
+    config = DDPOConfig(  # saving needs a folder, half precision a GPU: off
+        num_epochs=flags.rounds, seed=0, save_freq=10**9, mixed_precision="no", sample_eta=1.0,
+        **settings)
+    rng = np.random.default_rng(0)
+    trainer = DDPOTrainer(config, reward, lambda: (str(rng.choice(prompts)), {}), pipeline)
+    means = []
+    trainer.accelerator.log = lambda values, step=None, **_: means.append(
+        values.get("reward_mean"))
+    started, step, rewards = time.process_time(), 0, []
+    for n in range(flags.rounds):
+        means.clear()
+        step = trainer.step(n, step)
+        rewards.append(float(next(mean for mean in means if mean is not None)))
+        seconds = time.process_time() - started
+        print(json.dumps({"seconds": seconds, "reward": rewards[-1]}), flush=True)
+        learned = len(rewards) > 2 and sum(rewards[-3:]) / 3 >= 0.95
+        if seconds > flags.seconds or flags.part == "learning" and learned:
+            break
+
+
+if __name__ == "__main__":
+    main()
