@@ -92,8 +92,9 @@ class Report:
         self.outcomes, self.reasons = {}, []
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if any(
-            mark.args[1] == self.function for mark in item.iter_markers("equation"))]
+        if self.function:
+            items[:] = [item for item in items if any(
+                mark.args[1] == self.function for mark in item.iter_markers("equation"))]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -118,7 +119,7 @@ def files_of(function):
             if f'"{function}"' in file.read_text(encoding="utf-8")]
 
 
-def run_tests(function, text, pipe):
+def run_tests(function, text, tests, pipe):
     """Runs in a process of its own: what became of the tests goes through the pipe."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -144,9 +145,10 @@ def run_tests(function, text, pipe):
         try:
             put(function, text)
             sys.addaudithook(look)
-            report = Report(function, watch)
-            pytest.main([*files_of(function), "-q", "-x", "-p", "no:cacheprovider", "-m", "",
-                         "--tb=short", f"--rootdir={ROOT}"], plugins=[report])
+            report = Report("" if tests else function, watch)
+            pytest.main([*(tests.split() or files_of(function)), "-q", "-x", "-p",
+                         "no:cacheprovider", "-m", "", "--tb=short", f"--rootdir={ROOT}"],
+                        plugins=[report])
             found = {"outcomes": report.outcomes, "reasons": report.reasons, "broken": broken}
         except BaseException as error:  # also SystemExit: an answer must not end the grading
             found = {"outcomes": {}, "broken": broken,
@@ -155,11 +157,14 @@ def run_tests(function, text, pipe):
     pipe.close()
 
 
-def in_a_process(function, text, seconds):
-    """What became of the tests with this answer: outcomes, reasons, or why there are none."""
+def in_a_process(function, text, seconds, tests=""):
+    """What became of the tests with this answer: outcomes, reasons, or why there are none.
+
+    tests: arguments of pytest; without them, those with the function's marker.
+    """
     context = multiprocessing.get_context("fork")  # torch and all else is loaded already
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_tests, args=(function, text, theirs), daemon=True)
+    process = context.Process(target=run_tests, args=(function, text, tests, theirs), daemon=True)
     process.start()
     theirs.close()
     found = None
@@ -185,7 +190,7 @@ def in_a_process(function, text, seconds):
 # ---- points, and why ------------------------------------------------------------------------
 
 
-def grade_text(function, text, seconds=SECONDS):
+def grade_text(function, text, seconds=SECONDS, tests=""):
     """(passed, reason in words, signature of the failure) of an answer's text."""
     module = import_module(split(function)[0])
     if text is None:
@@ -199,7 +204,7 @@ def grade_text(function, text, seconds=SECONDS):
         return False, f"Python cannot read it: {error.msg} (its line {error.lineno})", None
     except rules.Refused as error:
         return False, f"refused: {error}", None
-    found = in_a_process(function, text, seconds)
+    found = in_a_process(function, text, seconds, tests)
     if found.get("broken"):
         return False, f"refused: while it ran, it did this: {found['broken'][0]}", None
     if found["outcomes"] and all(found["outcomes"].values()):

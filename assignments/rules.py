@@ -17,7 +17,7 @@ BUILTINS = set(  # of Python's own functions these
 LIBRARIES = set(  # modules that an answer may use
     "math cmath collections contextlib copy functools io itertools numpy numpy.linalg numpy.random "
     "operator random re statistics torch torch.autograd torch.distributions torch.linalg torch.nn "
-    "torch.nn.functional torch.special tqdm".split())
+    "torch.nn.functional torch.nn.utils torch.optim torch.special tqdm".split())
 OURS = ("support.", "experiments.", "tiny_sd.", "01_", "02_", "03_", "04_", "05_")
 FORBIDDEN = set(  # names that reach files, other code, or a frame behind the function
     "attrgetter compile cr_frame ag_frame eval exec f_back f_builtins f_code f_globals f_locals "

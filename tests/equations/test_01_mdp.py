@@ -58,6 +58,7 @@ def test_denoising_loss_averages_over_pictures_and_numbers_and_weighs_pictures()
 
 
 @pytest.mark.equation("DDIM eq. 12", "01_mdp.step_mean_std")
+@pytest.mark.equation("DDIM eq. 16", "01_mdp.ddim_coefficients")
 @pytest.mark.parametrize("settings", (
     dict(), dict(set_alpha_to_one=True), dict(clip_sample=True),
     # Steps that do not divide 1000, and an offset of 0, where t − 1000/T is exactly 0 once.
@@ -136,19 +137,21 @@ def test_steps_that_cannot_be_taken_are_refused(scheduler, t, message):
 @pytest.mark.equation("z", "01_mdp.standardize")
 @pytest.mark.equation("KL_t", "01_mdp.kl_divergence")
 def test_log_prob_and_kl_and_their_gradients_are_torch_distributions():
-    x, mean = randn(5, 4, 3, 2, seed=1), randn(5, 4, 3, 2, seed=2).requires_grad_()
+    x, mean = (randn(5, 4, 3, 2, seed=seed).requires_grad_() for seed in (1, 2))
     std = torch.tensor([0.01, 0.5, 1.0, 2.0, 30.0], dtype=torch.float64).view(5, 1, 1, 1)
     p, q = (Independent(Normal(m, std.expand_as(m)), 3) for m in (mean, x))
     for ours, theirs in ((mdp.log_prob(x, mean, std), p.log_prob(x)),
                          (mdp.kl_divergence(mean, x, std), kl_divergence(p, q))):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
-        gradients = [torch.autograd.grad(v.sum(), mean)[0] for v in (ours, theirs)]
+        gradients = [torch.autograd.grad(v.sum(), (mean, x)) for v in (ours, theirs)]
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-11)
-    low = [numbers.bfloat16() for numbers in (x, mean, std)]  # raised before the arithmetic
+    low = [numbers.detach().bfloat16() for numbers in (x, mean, std)]  # raised before the arithmetic
     for function in (mdp.log_prob, mdp.kl_divergence):
         assert torch.equal(function(*low), function(*(numbers.float() for numbers in low)))
 
 
+@pytest.mark.equation("log p", "01_mdp.log_prob")
+@pytest.mark.equation("KL_t", "01_mdp.kl_divergence")
 def test_a_deterministic_row_gives_zero_and_no_gradient():
     """set_alpha_to_one: the last step lands on x_0. The other rows must not notice."""
     scheduler = stable_scheduler(set_alpha_to_one=True)

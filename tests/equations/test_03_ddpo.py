@@ -224,6 +224,8 @@ def test_leave_one_out_advantage_against_a_loop_over_whole_numbers():
     assert A.dtype == torch.float64
     for i in range(5):
         assert A[i].item() == pytest.approx((r[i].item() - baselines[i]) / scale, rel=1e-12)
+    equal = ddpo.leave_one_out_advantage(torch.full((5,), 0.1), prompts)
+    assert equal.abs().max() < 1e-12  # 0, and not 0/0
 
 
 def test_a_baseline_without_the_sample_keeps_the_gradient():
@@ -252,6 +254,9 @@ def test_running_advantage_by_hand_over_rounds():
     spread = math.sqrt(((5 - 7) ** 2 + (6 - 7) ** 2 + (10 - 7) ** 2) / 3)
     assert third.tolist() == pytest.approx([-1 / spread, 3 / spread])
     assert history == {"a": [5.0, 6.0, 10.0], "b": [3.0], "c": [9.0]}
+    history = {}
+    equal = ddpo.running_advantage(torch.tensor([0.5, 0.5]), ["a", "a"], history)
+    assert equal.tolist() == [0, 0] and history == {"a": [0.5, 0.5]}
     # A prompt is trusted from 16 rewards on, and those before the latest 32 are forgotten.
     history = {"a": [0.0] * 14, "b": [0.0] * 15, "c": [9.0, *[0.0] * 31]}
     A = ddpo.running_advantage(torch.tensor([1.0, 1.0, 4.0]), ["a", "b", "c"], history)
@@ -314,11 +319,11 @@ def gradient_by_hand(pipe, trajectory, A, pictures, config, n, pre=None):
 
 CASES = {
     "plain": dict(),
-    "batches of 1": dict(batch_size=1),
-    "another eta": dict(eta=0.5, batch_size=7),
+    "batches of 1": dict(train_batch_size=1),
+    "another eta": dict(eta=0.5, train_batch_size=7),
     "guidance": dict(guidance_scale=3.0),
     "ratio's D-th root": dict(ratio="per_dim", clip_range=0.02),
-    "half of the steps": dict(timestep_fraction=0.5, batch_size=7),
+    "half of the steps": dict(timestep_fraction=0.5, train_batch_size=7),
 }
 ESTIMATORS = {
     "score function": dict(estimator="sf"),
@@ -347,6 +352,7 @@ def test_accumulate_adds_minus_the_gradient_and_reports_clip_and_kl(case):
     assert case != "plain" or 0.1 < seen["clip_fraction"] < 0.9
 
 
+@pytest.mark.equation("DDPO_IS", "03_ddpo.accumulate")
 @pytest.mark.parametrize("nothing", [0.0, 1e-17])  # rewards may be equal up to rounding
 def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(nothing):
     trajectory, A, pipe = example()
@@ -363,6 +369,7 @@ def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(no
     assert stats == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.equation("DDPO_IS", "03_ddpo.accumulate")
 def test_a_batch_that_is_clipped_flat_is_not_taken_back_through_the_unet():
     trajectory, A, pipe = example()
     config = replace(CONFIG, train_batch_size=1, clip_range=0.02)

@@ -60,7 +60,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path,
         data=data, weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, batch_size=8,
         prompts=str(tmp_path / "prompts.txt"), prompts_per_round=2, samples_per_prompt=3, seed=5,
         num_steps=3, eval_samples=2, learning_rate=2e-3, weight_decay=0.5, lora_rank=4,
-        device="cpu", out=str(tmp_path), name="run")
+        train_batch_size=4, device="cpu", out=str(tmp_path), name="run")
     calls = keep_calls(monkeypatch, rewards, "score")
     run, verdict = sft.train(config)
     assert len(calls) == {"fixed": 3, "fresh": 2}[data] * 2 + 2 * 2  # nothing is scored twice

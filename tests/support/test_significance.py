@@ -80,6 +80,7 @@ def test_bootstrap_pairs_seeds_and_noise_and_its_p_is_that_of_its_interval():
         assert 0.05 < p < 0.6 and abs(bootstrap(x, y, level=1 - p)[end]) < 0.01
     alone = {"mean": (a - b)[0].mean().item(), "low": -math.inf, "high": math.inf, "p": 1}
     assert bootstrap(a[:1], b[:1]) == pytest.approx(alone)
+    assert bootstrap(a + 100, b)["p"] == pytest.approx(2 / 10001)  # never 0 from 10,000 draws
     assert bootstrap(a, a) == {"mean": 0, "low": 0, "high": 0, "p": 1}
 
 
@@ -138,6 +139,7 @@ def test_holm_is_the_closed_test_of_all_subsets_and_a_verdict_needs_its_p_and_th
         sets = [s for size in range(1, 7) for s in combinations(range(6), size) if i in s]
         closed.append(max(min(1, len(s) * min(p[j] for j in s)) for s in sets))
     assert significance.holm(p) == pytest.approx(closed) and significance.holm([]) == []
+    assert significance.holm([0.9, 0.6]) == [1, 1]
     assert significance.verdict(0.1, 0.2, 0.05) == "holds"
     assert significance.verdict(-0.2, -0.1, 0.01) == "fails"
     for case in ((0.1, 0.2, 0.051), (-0.2, -0.1, 0.2), (-0.1, 0.1, 0.01), (0, 0.1, 0.01)):
