@@ -68,6 +68,10 @@ def function_text(source, name):
     return textwrap.dedent("\n".join(lines)) + "\n"
 
 
+def indented(text, indent):
+    return textwrap.indent(text, indent)
+
+
 def lines_by_indentation(lines, name):
     start, indent = 0, -1
     for word in name.split("."):  # a method's `def` stands further in than its class
@@ -83,6 +87,8 @@ def lines_by_indentation(lines, name):
     while end < len(lines) and (not lines[end].strip() or lines[end].lstrip().startswith(")")
                                 or len(lines[end]) - len(lines[end].lstrip()) > indent):
         end += 1
+    while not lines[end - 1].strip():
+        end -= 1
     return lines[start:end]
 
 

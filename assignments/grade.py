@@ -134,12 +134,16 @@ def run_tests(function, text, tests, pipe):
         if not watch or broken:
             return
         name = str(details[0]) if details else ""
+        found = ""
         if event in WATCHED:
-            broken.append(f"{event} {name}")
+            found = f"{event} {name}"
         elif event == "open" and os.path.abspath(name).startswith(str(ROOT)):
             writes = isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
             if writes or name.endswith(".py"):
-                broken.append(f"open {os.path.relpath(name, ROOT)}")
+                found = f"open {os.path.relpath(name, ROOT)}"
+        if found:
+            broken.append(found)
+            raise PermissionError(found)
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -226,7 +230,7 @@ def signature(message):
 def known_mistake(function, failure, seconds):
     """In words what is wrong, where a known wrong answer fails with the same numbers; or ""."""
     for mutant in MUTANTS:
-        if mutant.function == function and mutant.graded:
+        if mutant.function == function:
             if grade_text(function, mutant.text(), seconds)[2] == failure:
                 return mutant.words
     return ""

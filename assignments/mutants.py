@@ -4,14 +4,20 @@ They serve three times. A test plants each and demands that the exercise's tests
 survives is a hole in the tests. grade.py names a student's mistake by them, where both fail with
 the same numbers. make.py plants three for students to find. Those in LOOPS are in functions that
 are no exercise; each names the tests that must fail.
+
+RUN `python assignments/mutants.py` (five minutes on two cores): plants each, and prints those that
+no test notices. Words behind it, such as `03_ddpo.accumulate`, choose functions.
 """
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-import cut
-from exercises import BY_FUNCTION, split
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "assignments")]
+import cut  # noqa: E402
+from exercises import BY_FUNCTION, split  # noqa: E402
 
 MISTAKES = {  # function -> (text in it, what stands there instead, what is wrong)
     "01_mdp.forward_process": (
@@ -500,3 +506,28 @@ class Mutant:
 
 MUTANTS = [Mutant(function, *words) for table in (MISTAKES, LOOPS)
            for function, mistakes in table.items() for words in mistakes]
+
+
+def survivors(mutants, jobs=2):
+    """Those of the wrong answers that pass all tests which should fail."""
+    grade = import_module("grade")  # which imports this file
+    grade.load_everything()
+
+    def passes(mutant):
+        return grade.grade_text(mutant.function, mutant.text(), 120, mutant.tests)[0]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [mutant for mutant, alive in zip(mutants, pool.map(passes, mutants)) if alive]
+
+
+def main(functions):
+    chosen = [mutant for mutant in MUTANTS if not functions or mutant.function in functions]
+    alive = survivors(chosen)
+    for mutant in alive:
+        print(f"no test notices: {mutant.function}: {mutant.old!r} -> {mutant.new!r}")
+    print(f"{len(chosen)} wrong answers, {len(alive)} of them unnoticed")
+    return len(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(sys.argv[1:])))

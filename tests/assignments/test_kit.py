@@ -1,0 +1,289 @@
+"""The course kit: homeworks hold no answer, grades are fair, and wrong answers are found out."""
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.models import HERE as ROOT
+
+sys.path.insert(0, str(ROOT / "assignments"))
+import cut  # noqa: E402
+import exercises  # noqa: E402
+import make  # noqa: E402
+import mutants  # noqa: E402
+import rules  # noqa: E402
+from exercises import BY_NUMBER, EXERCISES  # noqa: E402
+
+
+def source_of(exercise, folder=ROOT):
+    return Path(folder, exercise.file).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def homework(tmp_path_factory):
+    return make.main([str(tmp_path_factory.mktemp("all") / "homework")])
+
+
+def test_the_table_has_all_chapters_and_every_exercise_has_tests():
+    assert len(EXERCISES) >= 24 and {exercise.chapter for exercise in EXERCISES} == {1, 2, 3, 4, 5}
+    tests = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/*/test_*.py"))
+    for exercise in EXERCISES:
+        assert f'", "{exercise.function}")' in tests, exercise.number
+        node = cut.find(ast.parse(source_of(exercise)), exercise.name)
+        assert ast.get_docstring(node) and exercise.points > 0 and exercise.hint[-1] in ".?"
+    per_chapter = {}
+    for exercise in EXERCISES:
+        per_chapter.setdefault(exercise.chapter, []).append(int(exercise.number.split(".")[1]))
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in per_chapter.values())
+
+
+# ---- the student's copy ---------------------------------------------------------------------
+
+
+def statements(nodes):
+    """Statements with something in them, in Python's own layout; blocks by their parts."""
+    for top in nodes:
+        for node in ast.walk(top):
+            if isinstance(node, (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)):
+                if len(ast.unparse(node)) >= 25:
+                    yield ast.unparse(node)
+
+
+def texts_of(folder):
+    texts = {}
+    for file in folder.rglob("*"):
+        if file.suffix in (".py", ".md", ".txt", ".html", ".json", ".csv"):
+            text = file.read_text(encoding="utf-8")
+            texts[file.name] = ast.unparse(ast.parse(text)) if file.suffix == ".py" else text
+    return texts
+
+
+def leaks(folder, chapter):
+    """(exercise, file) where two statements of an answer stand in one file of the copy."""
+    texts, found = texts_of(folder), []
+    for exercise in EXERCISES:
+        if exercise.chapter >= chapter:
+            node = cut.find(ast.parse(source_of(exercise)), exercise.name)
+            own = set(statements(cut.answer_of(node)))
+            needed = min(2, len(own)) or 9  # answers of short lines only are in no other file
+            found += [(exercise.number, name) for name, text in texts.items()
+                      if sum(statement in text for statement in own) >= needed]
+    return found
+
+
+def test_no_answer_is_left_in_a_homework(homework):
+    assert leaks(homework, 1) == []
+    names = {path.name for path in homework.rglob("*")}
+    assert not {"tests", "assignments", ".git", "__pycache__", "mutants.py", "oracles.py"} & names
+    assert not [name for name in names if name.endswith((".pyc", ".orig", ".patch"))]
+    listed = (homework / "HOMEWORK.md").read_text(encoding="utf-8")
+    for exercise in EXERCISES:
+        text = cut.function_text(source_of(exercise, homework), exercise.name)
+        assert cut.is_blank(text) and f"Exercise {exercise.number}: " in text
+        assert exercise.number in listed and exercise.hint in listed
+    assert leaks(ROOT, 1) != []  # this test can see one
+
+
+def test_all_but_the_answers_comes_along(homework):
+    for file in {exercise.file for exercise in EXERCISES}:
+        whole, left = (ast.parse(Path(folder, file).read_text(encoding="utf-8"))
+                       for folder in (ROOT, homework))
+        for exercise in EXERCISES:
+            if exercise.file == file:
+                node, blank = cut.find(whole, exercise.name), cut.find(left, exercise.name)
+                assert ast.get_docstring(node) == ast.get_docstring(blank)
+                assert ast.dump(node.args) == ast.dump(blank.args)
+                node.body = blank.body = []
+        assert ast.dump(whole) == ast.dump(left)
+    assert (homework / "tiny_sd/unet/diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_later_chapters_are_blank_and_earlier_ones_whole(tmp_path):
+    copy = make.main([str(tmp_path / "third"), "--chapter", "3"])
+    assert leaks(copy, 3) == []
+    for exercise in EXERCISES:
+        text = cut.function_text(source_of(exercise, copy), exercise.name)
+        assert cut.is_blank(text) == (exercise.chapter >= 3)
+        if exercise.chapter < 3:
+            assert text == cut.function_text(source_of(exercise), exercise.name)
+
+
+def test_a_bug_hunt_has_three_mistakes_in_three_chapters_and_nothing_else(tmp_path, capsys):
+    copy = make.main([str(tmp_path / "hunt"), "--bug-hunt", "5"])
+    make.main(["nowhere", "--bug-hunt", "5", "--hint"])
+    hint = capsys.readouterr().out.splitlines()[-1]
+    changed = [exercise for exercise in EXERCISES if cut.function_text(
+        source_of(exercise, copy), exercise.name) != cut.function_text(source_of(exercise),
+                                                                       exercise.name)]
+    assert len(changed) == 3 == len({exercise.chapter for exercise in changed})
+    assert hint.endswith(", ".join(str(exercise.chapter) for exercise in changed) + ".")
+    planted = {mutant.text() for mutant in make.drawn_bugs(5)}
+    assert {cut.function_text(source_of(exercise, copy), exercise.name)
+            for exercise in changed} == planted
+    assert make.drawn_bugs(5) != make.drawn_bugs(6)
+
+
+@pytest.mark.parametrize("words, named", [
+    (["."], "already"), (["x", "--chapter", "6"], "--chapter 6"), (["x", "--hint"], "--bug-hunt"),
+    (["x", "--chapter", "2", "--bug-hunt", "1"], "--chapter and --bug-hunt")])
+def test_bad_flags_of_make_are_named_and_nothing_is_made(words, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        make.main(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_function_is_found_also_beside_what_python_cannot_read():
+    good = 'def first(a,\n          b):\n    """x"""\n\n    return a\n\n\nclass C:\n    def f(self):\n'
+    good += "        return 1\n\n    def g(self):\n        return 2\n"
+    for source in (good, good + "\n\ndef broken(:\n    !!\n", "import (\n\n" + good):
+        assert cut.function_text(source, "first") == good.partition("\n\n\nclass")[0] + "\n"
+        assert cut.function_text(source, "C.g") == "def g(self):\n    return 2\n"
+        assert cut.function_text(source, "missing") is None
+
+
+# ---- grades ---------------------------------------------------------------------------------
+
+
+def graded(folder, *words):
+    """Results by number, by the command that a course would type."""
+    command = [sys.executable, str(ROOT / "assignments/grade.py"), str(folder), "--json",
+               str(folder / "results.json"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert f"\n{results['score']} of " in done.stdout
+    return {test["number"]: test for test in results["tests"]}
+
+
+def test_untouched_blanks_get_nothing(homework):
+    results = graded(homework)
+    assert len(results) == len(EXERCISES)
+    for test in results.values():
+        assert test["score"] == 0 and test["output"] == "not answered yet"
+
+
+@pytest.mark.slow
+def test_the_reference_gets_all_points(tmp_path):
+    (tmp_path / "whole").mkdir()
+    make.copy_all(tmp_path / "whole/copy")
+    results = graded(tmp_path / "whole/copy")
+    assert {test["number"]: test["score"] for test in results.values()} == {
+        exercise.number: exercise.points for exercise in EXERCISES}
+
+
+def hand_in(folder, answers):
+    """A homework with these answers: number -> the lines below the docstring."""
+    for number, lines in answers.items():
+        exercise = BY_NUMBER[number]
+        file = folder / exercise.file
+        source = file.read_text(encoding="utf-8")
+        node = cut.find(ast.parse(source), exercise.name)
+        rows, answer = source.splitlines(), cut.answer_of(node)
+        indent = " " * answer[0].col_offset
+        rows[answer[0].lineno - 1:node.end_lineno] = [indent + line for line in lines.splitlines()]
+        file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+HOSTILE = {  # number -> an answer that wants points for something else, and what is said of it
+    "1.1": ("while True:\n    pass", "more than 5 seconds"),
+    "1.2": ("import os\nos._exit(0)", "imports os"),
+    "1.3": ("torch.testing.assert_close = lambda *a, **k: None\nreturn x_t", "it changes"),
+    "1.4": ('print("1 passed in 0.01s")\nraise SystemExit(0)', "SystemExit"),
+    "1.5": ('return open("01_mdp.py").read()', "open"),
+    "1.6": ("import pytest\npytest.fail = print\nreturn 0", "imports pytest"),
+    "1.7": ("return importlib.import_module('x')", "import_module"),
+    "1.8": ("return helper(scheduler)", "put all it needs inside"),
+    "2.1": ("return (lambda f: f(f))(lambda f: f(f))", "RecursionError"),
+    "2.2": ("return torch.zeros(10**12).sum()", "RuntimeError"),
+    "2.3": ("return x.__class__", "__class__"),
+    "3.1": ("return models.json.loads('1')", "loads"),
+    "3.2": ("class Same:\n    __eq__ = lambda *a: True\nreturn Same()", "class"),
+    "3.3": ("return training.np.memmap('a')", "memmap"),
+    "3.4": ("return (i for i in '').gi_frame.f_back", "f_back"),
+    "3.5": ("t = torch\nt.add = None\nreturn reward", "as a value"),
+    "5.1": ("return return", "cannot read"),
+}
+
+
+def test_hostile_answers_cost_their_own_exercise_only(homework, tmp_path):
+    copy = make.main([str(tmp_path / "hostile")])
+    hand_in(copy, {number: lines for number, (lines, _) in HOSTILE.items()})
+    hand_in(copy, {"4.4": "difference = reward[:, None] - V\n"
+                          "return difference - ddpo.mean_of_others(difference, prompts)"})
+    results = graded(copy, "--seconds", "5", "--no-why", "--exercises", "4.4", *HOSTILE)
+    for number, (_, said) in HOSTILE.items():
+        assert results[number]["score"] == 0 and said in results[number]["output"], number
+    assert results["4.4"]["score"] == 1
+
+
+WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line of defense
+    "it ends the process": ("import os\nos._exit(0)", "ended before the tests did"),
+    "it kills itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended before"),
+    "it crashes": ("import ctypes\nctypes.string_at(0)", "ended before the tests did"),
+    "it reads the answer": ("return open('04_dpok.py').read()", "open 04_dpok.py"),
+    "it writes": ("open('tests/new.py', 'w')", "open tests/new.py"),
+    "it starts another": ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
+    "it asks for the shell": ("import os\nos.system('true')", "os.system"),
+    "it ends pytest": ("import pytest\npytest.exit('42 passed', 0)", ""),
+    "it skips": ("import pytest\npytest.skip('42 passed')", ""),
+}
+
+
+def test_what_the_rules_would_miss_is_caught_while_it_runs():
+    texts = ["def best_of_n_kl(n):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+             for body, _ in WHILE_IT_RUNS.values()]
+    code = ("import sys; sys.path.insert(0, 'assignments'); import grade, rules; "
+            "rules.check = lambda *a: None; grade.load_everything(); "
+            f"print([grade.grade_text('05_eval.best_of_n_kl', text, 20)[:2] for text in {texts}])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    results = ast.literal_eval(done.stdout.splitlines()[-1])
+    for (name, (_, said)), (passed, reason) in zip(WHILE_IT_RUNS.items(), results, strict=True):
+        assert not passed and said in reason, (name, reason)
+    assert not (ROOT / "tests/new.py").exists()
+
+
+def test_answers_that_only_compute_are_let_through():
+    for exercise in EXERCISES:
+        text = cut.function_text(source_of(exercise), exercise.name)
+        rules.check(text, rules.importlib.import_module(exercises.split(exercise.function)[0]))
+
+
+def test_a_known_mistake_is_named_in_words(tmp_path):
+    copy = make.main([str(tmp_path / "homework")])
+    hand_in(copy, {
+        "1.6": "z = standardize(x_prev, mean, std)\nsigma = std.double().flatten().expand(len(z))\n"
+               "safe = torch.where(sigma > 0, sigma, 1)\n"
+               "value = -z.square().mean((1, 2, 3)) / 2 - z[0].numel() * safe.log()\n"
+               "value = value - z[0].numel() / 2 * math.log(2 * math.pi)\n"
+               "return torch.where(sigma > 0, value, 0)",
+        "3.2": "r = torch.div(log_prob, old_log_prob)\nlow, high = 1 - clip_range, 1 + clip_range\n"
+               "return torch.min(r * advantage, r.clip(low, high) * advantage)",
+        "5.8": "import numpy as np\norder = np.argsort(p)\nout = [0.0] * len(p)\n"
+               "for i in order:\n    out[i] = min(1.0, len(p) * p[i])\nreturn out"})
+    results = graded(copy, "--exercises", "1.6", "3.2", "5.8")
+    for number, said in (("1.6", "sum them"), ("3.2", "difference of logs"), ("5.8", "Bonferroni")):
+        assert said in results[number]["output"] and results[number]["score"] == 0
+
+
+# ---- wrong answers --------------------------------------------------------------------------
+
+
+def test_there_are_many_wrong_answers_and_each_can_be_planted():
+    assert len(mutants.MUTANTS) >= 120
+    for mutant in mutants.MUTANTS:
+        ast.parse(mutant.text())
+        assert mutant.words and len(mutant.words) < 200
+    assert {mutant.function for mutant in mutants.MUTANTS} >= set(exercises.BY_FUNCTION)
+
+
+@pytest.mark.slow
+def test_every_wrong_answer_is_noticed():
+    done = subprocess.run([sys.executable, str(ROOT / "assignments/mutants.py")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("wrong answers, 0 of them unnoticed\n")
