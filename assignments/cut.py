@@ -39,9 +39,10 @@ def blank(source, exercises):
         first, last = answer[0].lineno, node.end_lineno
         while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
             first -= 1
-        about = f"about {len(code_lines(lines[first - 1:last]))} lines"
+        task = (f"Exercise {exercise.number}: {exercise.title}, "
+                f"about {len(code_lines(lines[first - 1:last]))} lines")
         indent = " " * answer[0].col_offset
-        raised = f'raise NotImplementedError("Exercise {exercise.number}: {exercise.title}, {about}")'
+        raised = f'raise NotImplementedError("{task}")'
         lines[first - 1:last] = [indent + raised]
     return "\n".join(lines) + "\n"
 

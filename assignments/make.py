@@ -26,7 +26,7 @@ from mutants import MUTANTS  # noqa: E402
 from support import flags  # noqa: E402
 
 LEFT_OUT = {"tests", "assignments", "runs", "pytest.ini", "__pycache__",
-            "penalties.py", "results.py"}  # the first repeats chapter 4's answers, the second runs it
+            "penalties.py", "results.py"}  # the first repeats chapter 4's answers, or runs it
 BUGS = 3
 
 
@@ -118,7 +118,8 @@ def main(argv=None):
                 "chapters. Find and mend them.\n")
         print(f"{out}: {BUGS} mistakes are planted")
     else:
-        exercises = [exercise for exercise in EXERCISES if exercise.chapter >= (config.chapter or 1)]
+        first = config.chapter or chapters[0]
+        exercises = [exercise for exercise in EXERCISES if exercise.chapter >= first]
         blank_all(out, exercises)
         text = list_of(exercises)
         points = sum(exercise.points for exercise in exercises)

@@ -91,11 +91,14 @@ MISTAKES = {  # function -> (text in it, what stands there instead, what is wron
     "01_mdp.kl_divergence": (
         ("0.5 * ", "", "the ½ is missing"),
         (".sum((1, 2, 3))", ".mean((1, 2, 3))", "this is a mean over dimensions; sum them"),
-        ("mean_p, mean_q, std).", "mean_p, mean_q, std**2).", "the distance is divided by σ, then squared: here σ²"),
+        ("mean_p, mean_q, std).", "mean_p, mean_q, std**2).",
+         "the distance is divided by σ and then squared; here it is divided by σ²"),
         (".square()", ".abs()", "the distance is squared"),
-        ("mean_p, mean_q, std).", "mean_p, mean_q.detach(), std).", "the second mean has lost its gradient")),
+        ("mean_p, mean_q, std).", "mean_p, mean_q.detach(), std).",
+         "the second mean has lost its gradient")),
     "01_mdp.noise_weight": (
-        ("mean.abs() / sigma", "mean / sigma", "κ is an absolute value; the derivative is negative"),
+        ("mean.abs() / sigma", "mean / sigma",
+         "κ is an absolute value; the derivative is negative"),
         ("mean.abs() / sigma", "mean.abs() / sigma**2", "κ is divided by σ, not by σ²"),
         ("mean.abs() / sigma, torch.inf", "mean.abs() / sigma, 0.0",
          "where σ = 0 the weight is infinite, not 0"),

@@ -79,6 +79,7 @@ def main():
     parser.add_argument("--part", choices=("epoch", "learning"), default="epoch")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU seconds at most")
     flags = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,9 +102,9 @@ def main():
 
         pipeline.sd_pipeline.encode_prompt = encode_without_empty
     config = DDPOConfig(  # saving needs a folder, half precision a GPU: off
-        num_epochs=flags.rounds, seed=0, save_freq=10**9, mixed_precision="no", sample_eta=1.0,
-        **settings)
-    rng = np.random.default_rng(0)
+        num_epochs=flags.rounds, seed=flags.seed, save_freq=10**9, mixed_precision="no",
+        sample_eta=1.0, **settings)
+    rng = np.random.default_rng(flags.seed)
     trainer = DDPOTrainer(config, reward, lambda: (str(rng.choice(prompts)), {}), pipeline)
     means = []
     trainer.accelerator.log = lambda values, step=None, **_: means.append(

@@ -137,8 +137,8 @@ def test_bad_flags_of_make_are_named_and_nothing_is_made(words, named, tmp_path,
 
 
 def test_a_function_is_found_also_beside_what_python_cannot_read():
-    good = 'def first(a,\n          b):\n    """x"""\n\n    return a\n\n\nclass C:\n    def f(self):\n'
-    good += "        return 1\n\n    def g(self):\n        return 2\n"
+    good = 'def first(a,\n          b):\n    """x"""\n\n    return a\n\n\nclass C:\n'
+    good += "    def f(self):\n        return 1\n\n    def g(self):\n        return 2\n"
     for source in (good, good + "\n\ndef broken(:\n    !!\n", "import (\n\n" + good):
         assert cut.function_text(source, "first") == good.partition("\n\n\nclass")[0] + "\n"
         assert cut.function_text(source, "C.g") == "def g(self):\n    return 2\n"

@@ -145,7 +145,7 @@ def test_log_prob_and_kl_and_their_gradients_are_torch_distributions():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
         gradients = [torch.autograd.grad(v.sum(), (mean, x)) for v in (ours, theirs)]
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-11)
-    low = [numbers.detach().bfloat16() for numbers in (x, mean, std)]  # raised before the arithmetic
+    low = [numbers.detach().bfloat16() for numbers in (x, mean, std)]  # raised before arithmetic
     for function in (mdp.log_prob, mdp.kl_divergence):
         assert torch.equal(function(*low), function(*(numbers.float() for numbers in low)))
 
