@@ -89,12 +89,13 @@ class Report:
 
     def __init__(self, function, watch):
         self.function, self.watch = function, watch
-        self.outcomes, self.reasons = {}, []
+        self.outcomes, self.reasons = {}, []  # test -> whether it passed; tests that never ran: no
 
     def pytest_collection_modifyitems(self, items):
         if self.function:
             items[:] = [item for item in items if any(
                 mark.args[1] == self.function for mark in item.iter_markers("equation"))]
+        self.outcomes = {item.nodeid: False for item in items}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -105,12 +106,13 @@ class Report:
             self.watch.clear()
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.failed:
-            name = report.nodeid.rpartition("::")[2]
-            self.outcomes[name] = self.outcomes.get(name, True) and report.passed
-            if report.failed:
-                crash = getattr(report.longrepr, "reprcrash", None)
-                self.reasons.append([name, crash.message if crash else str(report.longrepr)])
+        if report.when == "call":
+            self.outcomes[report.nodeid] = report.passed
+        if report.failed:
+            self.outcomes[report.nodeid] = False
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.reasons.append([report.nodeid.rpartition("::")[2],
+                                 crash.message if crash else str(report.longrepr)])
 
 
 def files_of(function):
@@ -214,7 +216,7 @@ def grade_text(function, text, seconds=SECONDS, tests=""):
     if found["outcomes"] and all(found["outcomes"].values()):
         return True, "", None
     if not found["reasons"]:
-        return False, "no test could be run", None
+        return False, "not all tests could be run", None
     name, message = found["reasons"][0]
     test = name.partition("[")[0].removeprefix("test_").replace("_", " ")
     lines = [line for line in message.splitlines() if line.strip()][:6]

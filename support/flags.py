@@ -226,7 +226,7 @@ def how_to_go_on():
     if unfinished is None:
         return ""
     command = shlex.join(["python", sys.argv[0], "--resume", str(unfinished)])
-    return f"; its finished rounds are kept, go on with: {command}"
+    return f"; what it has finished is kept, go on with: {command}"
 
 
 def run(main):

@@ -443,7 +443,7 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tmp_path, quiet, monke
         patch.setattr(checkpoints, "write_whole", interrupt)
         flags.run(lambda: train(Config(str(tmp_path))))
     assert exit.value.code == 130 and capsys.readouterr().err == (
-        "03_ddpo.py: stopped; its finished rounds are kept, go on with: python 03_ddpo.py "
+        "03_ddpo.py: stopped; what it has finished is kept, go on with: python 03_ddpo.py "
         f"--resume {folder}\n")
     assert checkpoints.read_newest(folder)[1]["round"] == 3
     assert left_behind(train(Config(str(tmp_path), resume=str(folder))).folder) == wanted
@@ -460,7 +460,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path, q
     said = capsys.readouterr().err
     path = folder / "checkpoints" / "round-0003.safetensors"
     assert exit.value.code == 2 and said == (
-        f"03_ddpo.py: [Errno 28] No space left on device: '{path}'; its finished rounds are kept, "
+        f"03_ddpo.py: [Errno 28] No space left on device: '{path}'; what it has finished is kept, "
         f"go on with: python 03_ddpo.py --resume {folder}\n")
     # No half-written file takes up room.
     assert sorted(path.parent.iterdir()) == checkpoints.files(folder)

@@ -176,7 +176,7 @@ def test_what_cuts_a_training_short_is_one_line_that_says_how_to_go_on(error, co
             flags.unfinished = folder
         raise error
 
-    go_on = "; its finished rounds are kept, go on with: python some/script.py --resume 'runs/a b'"
+    go_on = "; what it has finished is kept, go on with: python some/script.py --resume 'runs/a b'"
     for folder, more in (("runs/a b", go_on), (None, "")):
         with pytest.raises(SystemExit) as exit:
             flags.run(lambda: main(folder))
