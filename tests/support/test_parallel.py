@@ -54,10 +54,14 @@ TINY = ("--rounds 2 --num-steps 3 --samples-per-prompt 6 --prompts-per-round 2 -
         "--prompts tasks").split()
 
 
+SCRIPTS = [("04_dpok.py", "--lora-rank 4 --ratio per_dim")]
+if "ALL_SCRIPTS" in os.environ:  # these take twenty seconds each
+    SCRIPTS += [("03_ddpo.py", "--timestep-fraction 0.7"),
+                ("experiments/sft.py", "--data fresh --beta 0.1")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script, words", [
-    ("03_ddpo.py", "--timestep-fraction 0.7"), ("04_dpok.py", "--lora-rank 4 --ratio per_dim"),
-    ("experiments/sft.py", "--data fresh --beta 0.1")])
+@pytest.mark.parametrize("script, words", SCRIPTS)
 def test_two_processes_make_the_updates_of_one(script, words, tmp_path):
     folders = []
     for N in (1, 2):
