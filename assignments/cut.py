@@ -32,7 +32,7 @@ def answer_of(node):
 
 def blank(source, exercises):
     """Source in which the answers of these exercises are one line each, that raises."""
-    lines, tree = source.splitlines(), ast.parse(source)
+    lines, tree = source.split("\n"), ast.parse(source)
     nodes = [(find(tree, exercise.name), exercise) for exercise in exercises]
     for node, exercise in sorted(nodes, key=lambda pair: -pair[0].lineno):  # from the end
         answer = answer_of(node)
@@ -44,7 +44,7 @@ def blank(source, exercises):
         indent = " " * answer[0].col_offset
         raised = f'raise NotImplementedError("{task}")'
         lines[first - 1:last] = [indent + raised]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def code_lines(lines):
@@ -61,9 +61,9 @@ def function_text(source, name):
         node = find(ast.parse(source), name)
         if node is None:
             return None
-        lines = source.splitlines()[node.lineno - 1:node.end_lineno]
+        lines = source.split("\n")[node.lineno - 1:node.end_lineno]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        lines = lines_by_indentation(source.splitlines(), name)
+        lines = lines_by_indentation(source.split("\n"), name)
         if lines is None:
             return None
     return textwrap.dedent("\n".join(lines)) + "\n"

@@ -32,7 +32,17 @@ class Refused(Exception):
 
 def check(text, module):
     """Refused, unless the function in this text only computes; module: where it will stand."""
-    function = ast.parse(text).body[0]
+    body = ast.parse(text).body
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
+        raise Refused("it is more than one function")
+    function = body[0]
+    for default in [*function.args.defaults, *function.args.kw_defaults]:
+        if default and any(isinstance(node, (ast.Name, ast.Call)) for node in ast.walk(default)):
+            raise Refused("a default value of it is worked out when it is defined")
+    called = {id(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+    for node in ast.walk(function):
+        if getattr(node, "id", "") in ("getattr", "hasattr") and id(node) not in called:
+            raise Refused("it passes getattr on, which no answer needs")
     known = dict(vars(module))  # what names stand for: the module's own, and what is imported
     local = set()
     for node in ast.walk(function):
@@ -54,6 +64,8 @@ def imported(node):
     """The names that an import binds, and what they stand for."""
     names = {}
     for alias in node.names:
+        if alias.name in FORBIDDEN or alias.name == "save" or alias.name.startswith("_"):
+            raise Refused(f"it imports {alias.name}, which no answer needs")
         if isinstance(node, ast.ImportFrom):
             if node.level or node.module not in LIBRARIES:
                 raise Refused(f"it imports from {node.module}; an answer needs no more than "
@@ -76,8 +88,8 @@ def refuse_names(node, known, local):
         name = getattr(node, "name", None) or getattr(node, "arg", None)
     elif isinstance(node, ast.Name):
         name = node.id
-        if name not in known and name not in local and hasattr(builtins, name):
-            if name not in BUILTINS:
+        if name not in known and hasattr(builtins, name):
+            if name not in BUILTINS:  # also where something local has that name
                 raise Refused(f"it uses Python's {name}, which no answer needs")
         elif name not in known and name not in local:
             raise Refused(f"it uses {name}, which is neither in the function nor in the chapter: "

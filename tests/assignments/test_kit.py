@@ -207,6 +207,9 @@ HOSTILE = {  # number -> an answer that wants points for something else, and wha
     "3.3": ("return training.np.memmap('a')", "memmap"),
     "3.4": ("return (i for i in '').gi_frame.f_back", "f_back"),
     "3.5": ("t = torch\nt.add = None\nreturn reward", "as a value"),
+    "5.4": ("g = getattr\nreturn g(reward, 'x')", "getattr"),
+    "5.5": ("from operator import attrgetter as a\nreturn a('x')", "attrgetter"),
+    "5.6": ("[0 for setattr in ()]\nsetattr(math, 'pi', 3)", "setattr"),
     "5.1": ("return return", "cannot read"),
 }
 

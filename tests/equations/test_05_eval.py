@@ -38,7 +38,7 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
     """Density of the largest: n·u^(n−1); KL to the uniform, by the midpoint rule."""
     u = (torch.arange(200000, dtype=torch.float64) + 0.5) / 200000
     p = n * u ** (n - 1)
-    assert ev.best_of_n_kl(n) == pytest.approx((p * p.log()).mean().item(), abs=1e-4)
+    assert float(ev.best_of_n_kl(n)) == pytest.approx((p * p.log()).mean().item(), abs=1e-4)
 
 
 @pytest.mark.equation("best of n", "05_eval.best_of_n")
