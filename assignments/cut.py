@@ -69,10 +69,6 @@ def function_text(source, name):
     return textwrap.dedent("\n".join(lines)) + "\n"
 
 
-def indented(text, indent):
-    return textwrap.indent(text, indent)
-
-
 def lines_by_indentation(lines, name):
     start, indent = 0, -1
     for word in name.split("."):  # a method's `def` stands further in than its class

@@ -12,6 +12,7 @@ import ast
 import random
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ from mutants import MUTANTS  # noqa: E402
 from support import flags  # noqa: E402
 
 LEFT_OUT = {"tests", "assignments", "runs", "pytest.ini", "__pycache__",
-            "penalties.py", "results.py"}  # the first repeats chapter 4's answers, or runs it
+            "penalties.py", "results.py"}  # one repeats 4's answers, one runs it
 BUGS = 3
 
 
@@ -68,10 +69,10 @@ def plant(out, mutant):
     source = file.read_text(encoding="utf-8")
     name = mutant.function.removeprefix(mutant.file[:-3].replace("/", ".") + ".")
     node = cut.find(ast.parse(source), name)
-    lines = source.splitlines()
-    wrong = cut.indented(mutant.text(), " " * node.col_offset)
+    lines = source.split("\n")
+    wrong = textwrap.indent(mutant.text(), " " * node.col_offset)
     lines[node.lineno - 1:node.end_lineno] = wrong.splitlines()
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text("\n".join(lines), encoding="utf-8")
 
 
 def list_of(exercises):
