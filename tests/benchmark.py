@@ -1,7 +1,7 @@
 """How fast are a UNet call, a round, learning, and two processes? Beside TRL's DDPOTrainer.
 
 RUN `python tests/benchmark.py` on an idle machine with two cores (`--parts` chooses), and to
-compare with TRL 0.23.1, in an environment of its own (see tests/benchmark_trl.py; half an hour more):
+compare with TRL 0.23.1, in an environment of its own (tests/benchmark_trl.py; half an hour more):
 
     python tests/benchmark.py --trl OTHER_VENV/bin/python
 
