@@ -38,9 +38,11 @@ def pytest_runtestloop(session):
 
 
 def formula_of(dotted):
-    """The first line of a function's docstring.  dotted: "03_ddpo.ddpo_is_objective"."""
-    module, _, function = dotted.rpartition(".")
-    doc = attrgetter(function)(import_module(module)).__doc__ or ""
+    """The first line of a function's docstring.  dotted: "04_dpok.Value.fit", "support.a.b"."""
+    parts = dotted.split(".")
+    of_module = 2 if parts[0] in ("support", "experiments", "assignments") else 1
+    module = import_module(".".join(parts[:of_module]))
+    doc = attrgetter(".".join(parts[of_module:]))(module).__doc__ or ""
     return doc.partition("\n")[0].strip()
 
 
