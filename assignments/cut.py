@@ -5,7 +5,6 @@ everything else stay as they are.
 """
 import ast
 import re
-import textwrap
 
 
 def find(tree, name):
@@ -66,7 +65,8 @@ def function_text(source, name):
         lines = lines_by_indentation(source.split("\n"), name)
         if lines is None:
             return None
-    return textwrap.dedent("\n".join(lines)) + "\n"
+    indent = len(lines[0]) - len(lines[0].lstrip())  # a comment may stand further out
+    return "\n".join(line[min(indent, len(line) - len(line.lstrip())):] for line in lines) + "\n"
 
 
 def lines_by_indentation(lines, name):

@@ -11,6 +11,7 @@ itself, takes too long or too much memory, or whose answer does more than comput
 """
 import ast
 import contextlib
+import functools
 import io
 import json
 import linecache
@@ -18,18 +19,24 @@ import multiprocessing
 import os
 import re
 import resource
+import secrets
+import shutil
 import sys
+import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: each answer has one core
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
@@ -61,8 +68,11 @@ class Config:
 # ---- one answer, in a process of its own ----------------------------------------------------
 
 
-def put(function, text):
-    """Puts the function of this text into its module, in the place of the one that is there."""
+def put(function, text, watch):
+    """Puts the function of this text into its module, in the place of the one that is there.
+
+    watch: a list that has something in it while code of the answer runs.
+    """
     module_name, name = split(function)
     module = import_module(module_name)
     owner = module
@@ -70,17 +80,65 @@ def put(function, text):
         owner = getattr(owner, word)
     last = name.split(".")[-1]
     old = getattr(owner, last)
-    tree = cut.find(ast.parse(Path(module.__file__).read_text(encoding="utf-8")), name)
+    tree = reference_of(function)
     decorators = [f"@{ast.unparse(decorator)}\n" for decorator in tree.decorator_list]
     names = {}
     code = compile("".join(decorators) + text, f"<{function}>", "exec")
+    watch.append(True)
     exec(code, vars(module), names)  # globals are the module's own: as if it stood there
-    new = names[last]
+    watch.clear()
+    new = left_as_they_were(names[last], 0 if owner is module else 1)
     setattr(owner, last, new)
     for other in list(sys.modules.values()):  # and where it was imported by name
         for attribute, value in list(getattr(other, "__dict__", {}).items()):
             if value is old and other is not owner:
                 setattr(other, attribute, new)
+
+
+def reference_of(function):
+    """The tree of our own answer."""
+    module_name, name = split(function)
+    file = import_module(module_name).__file__
+    return cut.find(ast.parse(Path(file).read_text(encoding="utf-8")), name)
+
+
+def left_as_they_were(function, skipped):
+    """The function, which fails where it has changed numbers that it was given.
+
+    A test compares it with an oracle that gets the same tensors: whoever sets all of them to 0
+    would be right with 0. skipped: how many of the first arguments it may change (a method's self).
+    """
+    @functools.wraps(function)
+    def watched(*args, **kwargs):
+        given = [*numbers_in(args[skipped:]), *numbers_in(kwargs)]
+        before = [deepcopy(value) for value in given]
+        result = function(*args, **kwargs)
+        for was, value in zip(before, given, strict=True):
+            torch.testing.assert_close(
+                value, was, rtol=0, atol=0, equal_nan=True,
+                msg="it changes what it is given; make new tensors instead")
+        return result
+
+    return watched
+
+
+def numbers_in(value, depth=4):
+    """The tensors and arrays in arguments, also in lists and objects; of a network, its weights."""
+    if isinstance(value, torch.nn.Module):
+        value = [parameter.detach() for parameter in value.parameters()]
+    if isinstance(value, torch.Tensor):
+        yield value.detach()
+    elif isinstance(value, np.ndarray):
+        yield value
+    elif depth and not isinstance(value, (type, ModuleType)):
+        if isinstance(value, dict):
+            inner = value.values()
+        elif isinstance(value, (list, tuple)):
+            inner = value
+        else:
+            inner = getattr(value, "__dict__", {}).values()
+        for part in list(inner):
+            yield from numbers_in(part, depth - 1)
 
 
 class Report:
@@ -110,8 +168,9 @@ class Report:
         if report.failed:
             self.outcomes[report.nodeid] = False
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.reasons.append([report.nodeid.rpartition("::")[2],
-                                 (crash.message if crash else str(report.longrepr))[:2000]])
+            message = (crash.message if crash else str(report.longrepr))[:2000]
+            self.reasons.append([report.nodeid.rpartition("::")[2], "".join(
+                sign for sign in message if sign.isprintable() or sign == "\n")])
 
 
 def files_of(function):
@@ -120,14 +179,16 @@ def files_of(function):
             if f'"{function}"' in file.read_text(encoding="utf-8")]
 
 
-def run_tests(function, text, tests, pipe):
-    """Runs in a process of its own: what became of the tests goes through the pipe."""
+def run_tests(function, text, tests, secret, answer):
+    """Runs in a process of its own: what became of the tests is written to the file `answer`."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + GIGABYTES * 10**9,) * 2)
     os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    folder = os.path.realpath(tempfile.mkdtemp())  # the only one in which tests may write
     watch, broken = [], []
 
     def look(event, details):
@@ -135,31 +196,33 @@ def run_tests(function, text, tests, pipe):
         if not watch or broken:
             return
         name = str(details[0]) if details else ""
-        found = ""
         if event in WATCHED:
-            found = f"{event} {name}"
-        elif event == "open" and os.path.abspath(name).startswith(str(ROOT)):
+            broken.append(f"{event} {name}")
+        elif event == "open":
+            path = os.path.realpath(name)
             writes = isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-            if writes or name.endswith(".py"):
-                found = f"open {os.path.relpath(name, ROOT)}"
-        if found:
-            broken.append(found)
-            raise PermissionError(found)
+            reads_code = path.startswith(str(ROOT)) and path.endswith(".py")
+            if reads_code or writes and not path.startswith((folder, os.devnull)):
+                broken.append(f"open {name}")
+        if broken:
+            raise PermissionError(broken[0])
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            put(function, text)
             sys.addaudithook(look)
+            put(function, text, watch)
             report = Report("" if tests else function, watch)
             pytest.main([*(tests.split() or files_of(function)), "-q", "-x", "-p",
-                         "no:cacheprovider", "-m", "", "--tb=short", f"--rootdir={ROOT}"],
-                        plugins=[report])
+                         "no:cacheprovider", "-m", "", "--tb=short", f"--rootdir={ROOT}",
+                         f"--basetemp={folder}/tests"], plugins=[report])
             found = {"outcomes": report.outcomes, "reasons": report.reasons, "broken": broken}
         except BaseException as error:  # also SystemExit: an answer must not end the grading
             found = {"outcomes": {}, "broken": broken,
                      "reasons": [["", f"{type(error).__name__}: {error}"]]}
-    pipe.send_bytes(json.dumps(found).encode())
-    pipe.close()
+    watch.clear()
+    shutil.rmtree(folder, ignore_errors=True)
+    answer.write(json.dumps(found | {"secret": secret}).encode())
+    answer.flush()
 
 
 def in_a_process(function, text, seconds, tests=""):
@@ -168,27 +231,23 @@ def in_a_process(function, text, seconds, tests=""):
     tests: arguments of pytest; without them, those with the function's marker.
     """
     context = multiprocessing.get_context("fork")  # torch and all else is loaded already
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_tests, args=(function, text, tests, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    found = None
-    try:
-        if ours.poll(seconds):
-            found = json.loads(ours.recv_bytes())
-        else:
+    secret = secrets.token_hex()  # what the process does not write itself lacks it
+    with tempfile.TemporaryFile() as answer:
+        process = context.Process(target=run_tests, daemon=True,
+                                  args=(function, text, tests, secret, answer))
+        process.start()
+        process.join(seconds)
+        why = f"its process ended before the tests did (exit code {process.exitcode})"
+        if process.exitcode is None:
             process.kill()
-            found = {"outcomes": {}, "reasons": [["", f"it took more than {seconds} seconds"]]}
-    except EOFError:
-        pass  # it ended without a word
-    process.join(10)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    if found is None:
-        found = {"outcomes": {}, "reasons": [["", "its process ended before the tests did "
-                                              f"(exit code {process.exitcode})"]]}
-    return found
+            process.join()
+            why = f"it took more than {seconds} seconds"
+        answer.seek(0)
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            found = json.loads(answer.read(10**6))
+            if secrets.compare_digest(found["secret"], secret):
+                return found
+    return {"outcomes": {}, "reasons": [["", why]]}
 
 
 # ---- points, and why ------------------------------------------------------------------------
@@ -203,7 +262,7 @@ def grade_text(function, text, seconds=SECONDS, tests=""):
         return False, "not answered yet", None
     try:
         ast.parse(text)
-        rules.check(text, module)
+        rules.check(text, module, rules.stored(reference_of(function)))
     except SyntaxError as error:
         return False, f"Python cannot read it: {error.msg} (its line {error.lineno})", None
     except rules.Refused as error:

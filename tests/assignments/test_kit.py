@@ -145,6 +145,8 @@ def test_a_function_is_found_also_beside_what_python_cannot_read():
         assert cut.function_text(source, "first") == good.partition("\n\n\nclass")[0] + "\n"
         assert cut.function_text(source, "C.g") == "def g(self):\n    return 2\n"
         assert cut.function_text(source, "missing") is None
+    outdented = good.replace("        return 2", "# why\n        return 2")
+    assert cut.function_text(outdented, "C.g") == "def g(self):\n# why\n    return 2\n"
 
 
 # ---- grades ---------------------------------------------------------------------------------
@@ -197,15 +199,15 @@ HOSTILE = {  # number -> an answer that wants points for something else, and wha
     "1.4": ('print("1 passed in 0.01s")\nraise SystemExit(0)', "SystemExit"),
     "1.5": ('return open("01_mdp.py").read()', "open"),
     "1.6": ("import pytest\npytest.fail = print\nreturn 0", "imports pytest"),
-    "1.7": ("return importlib.import_module('x')", "import_module"),
+    "1.7": ("return importlib.import_module('x')", "importlib"),
     "1.8": ("return helper(scheduler)", "put all it needs inside"),
     "2.1": ("return (lambda f: f(f))(lambda f: f(f))", "RecursionError"),
     "2.2": ("return torch.zeros(10**12).sum()", "RuntimeError"),
     "2.3": ("return x.__class__", "__class__"),
-    "3.1": ("return models.json.loads('1')", "loads"),
-    "3.2": ("class Same:\n    __eq__ = lambda *a: True\nreturn Same()", "class"),
-    "3.3": ("return training.np.memmap('a')", "memmap"),
-    "3.4": ("return (i for i in '').gi_frame.f_back", "f_back"),
+    "3.1": ("return models.json.loads('1')", "json"),
+    "3.2": ("log_prob.data.zero_()\nreturn log_prob * 0", "it changes what it is given"),
+    "3.3": ("return training.np.memmap('a')", "np of support"),
+    "3.4": ("return (i for i in '').gi_frame.f_back", "gi_frame"),
     "3.5": ("t = torch\nt.add = None\nreturn reward", "as a value"),
     "5.4": ("g = getattr\nreturn g(reward, 'x')", "getattr"),
     "5.5": ("from operator import attrgetter as a\nreturn a('x')", "attrgetter"),
@@ -233,6 +235,12 @@ WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line o
     "it writes": ("open('tests/new.py', 'w')", "open tests/new.py"),
     "it starts another": ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
     "it asks for the shell": ("import os\nos.system('true')", "os.system"),
+    "it writes by another name": ("open('/proc/self/cwd/tests/new.py', 'w')", "open /proc"),
+    "it writes elsewhere": ("open('/tmp/new', 'w')", "open /tmp/new"),
+    "it forges the report": (
+        "import io, os\nfor fd in range(3, 99):\n    try:\n        io.FileIO(fd, 'w').write("
+        "b'{\"outcomes\": {\"a\": true}}')\n    except OSError:\n        pass\nos._exit(0)",
+        "ended before the tests did"),
     "it ends pytest": ("import pytest\npytest.exit('42 passed', 0)", ""),
     "it skips": ("import pytest\npytest.skip('42 passed')", ""),
 }
@@ -252,10 +260,71 @@ def test_what_the_rules_would_miss_is_caught_while_it_runs():
     assert not (ROOT / "tests/new.py").exists()
 
 
+HONEST = (  # bodies of a function of `05_eval` with the argument x
+    "plan, runs = 1, [2]\nranks = plan + runs[0]\nreturn ranks",
+    "def _twice(_x):\n    return 2 * _x\nreturn [_twice(_a) for _a in range(3)]",
+    "same = torch.eye(3)\nsame.diagonal()[:] = 0\nreturn same",
+    "match x:\n    case [a, *b]:\n        return a, b\n    case {'k': v, **rest}:\n"
+    "        return v, rest\n    case _:\n        return x",
+    "try:\n    return type(0.0)(x)\nexcept OverflowError as error:\n    return str(error)",
+    "import bisect, fractions, re, warnings\nwarnings.simplefilter('ignore')\n"
+    "return re.compile('a'), bisect.bisect([1], 1), fractions.Fraction(1, 2)",
+    "import numpy as np\nfrom math import log\nrng = np.random.default_rng(0)\n"
+    "return np.array([log(2)]).mean() + rng.normal()",
+    "import torch.nn.functional as F\nfrom torch import nn\nreturn F.logsigmoid(nn.ReLU()(x))",
+    "optimizer = torch.optim.Adam(x.parameters())\nfor p in x.parameters():\n    p.grad = None\n"
+    "loss = x(torch.ones(1)).sum()\nloss.backward()\noptimizer.step()",
+    "from torch.distributions import Normal, kl_divergence\n"
+    "return kl_divergence(Normal(x, 1), Normal(0.0, 1.0)), mdp.standardize(x, 0, 1)",
+    "if (n := len(x)) > 1:\n    return f'{n:.2f}'\nreturn torch.finfo(x.dtype).eps",
+)
+REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried, and what is said
+    ("def unused():\n    from math import pi as models\nreturn models.json", "json of support"),
+    ("return [0 for models in models.json]", "json of support"),
+    ("(lambda: (models := 1))()\nreturn models.json", "inside a comprehension or lambda"),
+    ("def f(m=models):\n    return m.json", "support.models as a value|models as a value"),
+    ("import math as x\nx = 1", "an import and something else"),
+    ("import functools\nfunctools.update_wrapper(x, x)", "update_wrapper"),
+    ("T = torch.Tensor\nT.item = None", "it changes T.item"),
+    ("x.scheduler.step = None", "it changes x.scheduler.step"),
+    ("torch.pi[0] = 3", "it changes torch.pi"),
+    ("return '{0.f_back}'.format(x)", r"\.format"),
+    ("return f'{x.gi_frame}'", "gi_frame"),
+    ("match x:\n    case Exception(args=a):\n        return a", "class"),
+    ("class Same:\n    __eq__ = lambda *a: True\nreturn Same()", "class"),
+    ("return type('Same', (), {})()", "makes a class"),
+    ("t = type\nreturn t('Same', (), {})()", "passes type on"),
+    ("import io\nio.FileIO(3, 'w')", "FileIO"),
+    ("import typing\ntyping.get_type_hints(x)", "get_type_hints"),
+    ("torch.PyTorchFileWriter('x')", "PyTorchFileWriter"),
+    ("import numpy as np\nnp.savez_compressed('x')", "savez"),
+    ("x.register_forward_hook(x)", "register_forward_hook"),
+    ("torch.distributions.register_kl(x, x)", "register_kl"),
+    ("return rewards.get_reward('mine.py:r')", "get_reward"),
+    ("return models.load_pipeline('x', 'cpu')", "load_pipeline"),
+    ("return runs.Path('x').read_text()", "Path"),
+    ("return __builtins__['eval']('1')", "__builtins__"),
+    ("try:\n    1 / 0\nexcept BaseException:\n    pass", "BaseException"),
+)
+
+
+def function_of(body):
+    return "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+
+
 def test_answers_that_only_compute_are_let_through():
     for exercise in EXERCISES:
         text = cut.function_text(source_of(exercise), exercise.name)
-        rules.check(text, rules.importlib.import_module(exercises.split(exercise.function)[0]))
+        module = rules.importlib.import_module(exercises.split(exercise.function)[0])
+        rules.check(text, module, rules.stored(ast.parse(text)))
+    for body in HONEST:
+        rules.check(function_of(body), rules.importlib.import_module("05_eval"))
+
+
+@pytest.mark.parametrize("body, said", REFUSED)
+def test_what_reaches_for_more_is_refused_before_it_runs(body, said):
+    with pytest.raises(rules.Refused, match=said):
+        rules.check(function_of(body), rules.importlib.import_module("03_ddpo"))
 
 
 def test_a_known_mistake_is_named_in_words(tmp_path):
