@@ -123,10 +123,11 @@ def test_every_equation_has_a_test_of_its_own_and_every_marker_a_function():
 
 def test_the_table_of_equations_is_printed_and_nothing_runs():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--equations",
-               "tests/support/test_ballot.py"]
+               "tests/support/test_ballot.py", "tests/equations/test_04_dpok.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "no tests ran" in result.stdout
     assert re.search(r"\| `support.ballot.read_votes` \| rate = .* \| test_\w+ \|", result.stdout)
+    assert re.search(r"\| `04_dpok.Value.fit` \| .+ \| test_\w+, test_", result.stdout)
 
 
 def test_no_paths_of_a_machine_no_pickles_and_a_small_model():

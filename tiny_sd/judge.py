@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from tqdm import tqdm
 
 from tiny_sd import shapes
 
@@ -294,7 +295,7 @@ EXAMS = ("as drawn", "after the VAE", "with a digit", "digit, after the VAE")
 def exam_results(vae, n=100):
     """Family -> share of n drawn pictures that are read rightly, for each of EXAMS."""
     results = {}
-    for family in shapes.FAMILIES:
+    for family in tqdm(shapes.FAMILIES, "exam of the judge", leave=False, delay=2):
         shares = []
         for writing in (False, True):
             images, requests = exam(family, n, writing=writing)

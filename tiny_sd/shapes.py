@@ -27,6 +27,7 @@ than if it counts the objects.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -169,6 +170,7 @@ def is_held_out(request):
 # ---- requests -> scenes -> pictures ---------------------------------------------------------
 
 
+@cache  # a layout asks for it at each of its many tries
 def polygon(shape):
     """(K,2) corners of a shape with area 1 and its centroid at 0; y points down, as in pictures."""
     if shape == "circle":

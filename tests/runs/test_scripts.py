@@ -31,7 +31,8 @@ def names_in(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, words, said, files", [
     ("01_mdp", ["--num-steps", "3"], "Scored in a batch of its own", {"01_mdp/beliefs.png"}),
-    ("02_rewards", ["--samples", "2", "--num-steps", "3", "--show", "3"], "rank correlation",
+    ("02_rewards", ["--samples", "2", "--num-steps", "3", "--show", "3", "--rewards",
+                    "compressibility", "aesthetic"], "rank correlation",
      {"02_rewards/best_worst.png"}),
     ("03_ddpo", [*TINY, "--name", "a"], "gain", {f"a/{name}" for name in FILES}),
     ("04_dpok", [*TINY, "--name", "a", "--prompts", "tasks"], "path KL",
