@@ -20,16 +20,19 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+import cut
+from exercises import EXERCISES
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILTINS = set(  # of Python's own functions these, and all exceptions that end no process
-    "abs all any bool dict divmod enumerate filter float frozenset getattr hasattr int isinstance "
-    "iter len list map max min next pow print range reversed round set slice sorted str sum tuple "
-    "type zip".split())
+    "abs all any bool callable complex dict divmod enumerate filter float format frozenset getattr "
+    "hasattr int isinstance iter len list map max min next pow print range repr reversed round set "
+    "slice sorted str sum tuple type zip".split())
 LIBRARIES = set(  # modules that an answer may use
     "bisect cmath collections contextlib copy fractions functools heapq io itertools math numpy "
     "numpy.linalg numpy.random operator random re statistics torch torch.autograd "
-    "torch.distributions torch.linalg torch.nn torch.nn.functional torch.nn.utils torch.optim "
-    "torch.special tqdm typing warnings".split())
+    "torch.autograd.functional torch.distributions torch.func torch.linalg torch.nn "
+    "torch.nn.functional torch.nn.utils torch.optim torch.special tqdm typing warnings".split())
 MEMBERS = {module: set(names.split()) for module, names in {  # of these modules no more than this
     "collections": "ChainMap Counter OrderedDict defaultdict deque",
     "contextlib": "ExitStack contextmanager nullcontext suppress",
@@ -41,28 +44,28 @@ MEMBERS = {module: set(names.split()) for module, names in {  # of these modules
                 "truediv",
     "re": "compile escape findall finditer fullmatch match search split sub",
     "statistics": "fmean mean median pstdev pvariance stdev variance",
-    "torch.autograd": "backward enable_grad grad no_grad",
+    "torch.autograd": "backward enable_grad functional grad no_grad",
     "tqdm": "tqdm trange",
-    "typing": "Any Callable Iterable Optional Sequence",
+    "typing": "Any Callable Dict Iterable List Optional Sequence Tuple Union",
     "warnings": "catch_warnings filterwarnings simplefilter warn"}.items()}
 CLASSES = {  # of these modules no other classes
     "torch": (torch.Tensor, torch.Size, torch.Generator, torch.dtype, torch.device, torch.no_grad,
-              torch.enable_grad, torch.inference_mode, torch.autocast, torch.finfo, torch.iinfo),
+              torch.enable_grad, torch.inference_mode, torch.autocast, torch.finfo, torch.iinfo,
+              torch.set_grad_enabled, torch.FloatTensor, torch.DoubleTensor, torch.LongTensor,
+              torch.BoolTensor),
     "numpy": (np.generic, np.ndarray, np.dtype, np.errstate, np.finfo, np.iinfo, np.vectorize)}
 OURS = ("support.", "experiments.", "tiny_sd.", "01_", "02_", "03_", "04_", "05_")
 FORBIDDEN = set(  # what reaches files, other code, or the settings of all
-    "ctypes compile dump dumps format format_map from_file fromfile fromregex genfromtxt "
-    "get_reward load load_module loads loadtxt main memmap reward_from_file savetxt savez "
-    "savez_compressed setflags share_memory share_memory_ storage tofile typed_storage "
-    "untyped_storage".split())
-PREFIXES = ("_", "import_", "load_", "parse_", "register_", "set_")  # of no module's members
+    "ctypes compile dump dumps format format_map from_file from_pretrained fromfile fromregex "
+    "genfromtxt load loads loadtxt memmap push_to_hub savetxt savez savez_compressed setflags "
+    "share_memory share_memory_ storage test tofile typed_storage untyped_storage".split())
+PREFIXES = ("_", "import_", "load_", "parse_", "register_", "save_", "set_")  # of no module's names
 KINDS = (torch.Tensor, torch.Generator, torch.nn.Module, torch.optim.AdamW, torch.finfo,
          torch.distributions.Normal, torch.distributions.Categorical, np.ndarray, np.finfo,
-         np.random.Generator, Image.Image, io.BytesIO, Counter, deque, bytes, complex, dict, float,
-         int, list, set, slice, str, tuple, BaseException)
-HOMES = set(  # a name of ours that was imported from here is no part of an answer
-    "_pytest concurrent importlib inspect multiprocessing os pathlib posix pytest safetensors "
-    "shutil socket subprocess sys tempfile threading types unittest urllib".split())
+         np.random.Generator, np.random.RandomState, np.ufunc, Image.Image, io.BytesIO, Counter,
+         deque, bytes, complex, dict, float, int, list, set, slice, str, tuple, BaseException)
+LONGEST = 20_000  # characters of an answer; the longest of ours has 3,000
+PLAIN = (types.ModuleType, bool, int, float, str, tuple)  # what any name of ours may stand for
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 LOCAL = object()  # stands for a value that is only known when the answer runs
 
@@ -76,6 +79,8 @@ def check(text, module, stores=()):
 
     module: where it will stand. stores: attributes of its arguments that it is there to set.
     """
+    if len(text) > LONGEST:
+        raise Refused(f"it has more than {LONGEST} characters")
     body = ast.parse(text).body
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
         raise Refused("it is more than one function")
@@ -83,7 +88,11 @@ def check(text, module, stores=()):
     for default in [*function.args.defaults, *function.args.kw_defaults]:
         if default and any(isinstance(node, (ast.Name, ast.Call)) for node in ast.walk(default)):
             raise Refused("a default value of it is worked out when it is defined")
-    Reader(module, set(stores)).visit(function)
+    arguments = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
+    again = {node.id for node in ast.walk(function)
+             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    Reader(module, {store for store in stores
+                    if store.partition(".")[0] in arguments - again}).visit(function)
 
 
 def stored(function):
@@ -102,8 +111,20 @@ def attributes(file):
                 names.add(node.attr)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
                 names.add(getattr(node.args[1], "value", ""))
-    public = {name for name in names if not name.startswith(("_", "register_"))}
+    public = {name for name in names if not name.startswith(("_", "register_", "save_"))}
     return public - FORBIDDEN | {"__getitem__"}
+
+
+@cache
+def our_names():
+    """Functions of this repository that its own answers use, or that are an exercise."""
+    names = {word for exercise in EXERCISES for word in exercise.name.split(".")}
+    for exercise in EXERCISES:
+        tree = ast.parse((ROOT / exercise.file).read_text(encoding="utf-8"))
+        for node in ast.walk(cut.find(tree, exercise.name)):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                names.add(getattr(node, "attr", None) or node.id)
+    return names
 
 
 def imported(node):
@@ -122,21 +143,21 @@ def imported(node):
             yield name, importlib.import_module(alias.name if alias.asname else name)
 
 
-def member(module, name, used=()):
-    """The value of module.name; Refused where no answer needs it.  used: by the file itself."""
+def member(module, name):
+    """The value of module.name; Refused where no answer needs it."""
     home, value = module.__name__, getattr(module, name, LOCAL)
     refused = Refused(f"it uses {name} of {home}, which no answer needs")
     if home not in LIBRARIES and not home.startswith(OURS):
         raise Refused(f"it uses the module {home}; no answer needs that")
-    if home in MEMBERS:
+    if home.startswith(OURS):
+        allowed = name in our_names()
+    elif home in MEMBERS:
         allowed = name in MEMBERS[home]
+    elif home in CLASSES and isinstance(value, type):
+        allowed = issubclass(value, CLASSES[home])
     else:
         allowed = name not in FORBIDDEN and name != "save" and not name.startswith(PREFIXES)
     if not allowed:
-        raise refused
-    if home in CLASSES and isinstance(value, type) and not issubclass(value, CLASSES[home]):
-        raise refused
-    if home.startswith(OURS) and not home[0].isdigit() and name not in used:
         raise refused
     return value
 
@@ -145,9 +166,9 @@ class Reader(ast.NodeVisitor):
     """Reads an answer from the outside in, and knows what each name stands for where it is used."""
 
     def __init__(self, module, stores):
-        self.names, self.stores = dict(vars(module)), stores
+        self.module, self.names, self.stores = module, dict(vars(module)), stores
         self.attributes = attributes(module.__file__)
-        self.called, self.inline = set(), 0
+        self.called, self.mentioned, self.inline = set(), set(), 0
 
     # ---- scopes -----------------------------------------------------------------------------
 
@@ -189,6 +210,9 @@ class Reader(ast.NodeVisitor):
         self.inline -= 1
 
     def visit_function(self, node, body):
+        for arg in ast.walk(node.args):
+            self.mention(getattr(arg, "annotation", None))
+        self.mention(getattr(node, "returns", None))
         for outside in [*getattr(node, "decorator_list", []), node.args,
                         getattr(node, "returns", None)]:
             if outside:
@@ -200,7 +224,7 @@ class Reader(ast.NodeVisitor):
         first, *others = node.generators
         self.visit(first.iter)
         values = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
-        inside = [*values, first.target, *first.ifs, *others]
+        inside = [first.target, *first.ifs, *others, *values]
         self.inline += 1
         self.visit_in_scope(self.bindings([part.target for part in node.generators]), inside)
         self.inline -= 1
@@ -214,18 +238,34 @@ class Reader(ast.NodeVisitor):
 
     # ---- what is used -----------------------------------------------------------------------
 
-    def visit_Name(self, node):
-        if isinstance(self.value_of(node), types.ModuleType):
-            raise Refused(f"it uses the module {node.id} as a value")
+    def mention(self, node):
+        """In this part, such as an annotation, a class is only named."""
+        parts = list(ast.walk(node)) if node else []
+        if not any(isinstance(part, (ast.NamedExpr, ast.Call, ast.Lambda)) for part in parts):
+            self.mentioned |= set(map(id, parts))
+
+    def refuse_value(self, node):
+        """Modules, and classes whose methods could be replaced, are nothing to pass on."""
+        value = self.value_of(node)
+        if isinstance(value, types.ModuleType):
+            raise Refused(f"it uses the module {ast.unparse(node)} as a value")
+        if isinstance(value, type) and issubclass(value, (torch.Tensor, torch.nn.Module)):
+            if id(node) not in self.called | self.mentioned:
+                raise Refused(f"it uses the class {ast.unparse(node)} as a value")
+
+    visit_Name = refuse_value
+
+    def visit_AnnAssign(self, node):
+        self.mention(node.annotation)
+        self.generic_visit(node)
 
     def visit_Attribute(self, node):
         if isinstance(node.ctx, ast.Load):
-            if isinstance(self.value_of(node), types.ModuleType):
-                raise Refused(f"it uses the module {ast.unparse(node)} as a value")
+            self.refuse_value(node)
         else:
             settable = node.attr in ("grad", "requires_grad", "data") or ast.unparse(
                 node) in self.stores
-            if not settable and ast.unparse(node.value) != "self":
+            if not settable:
                 raise Refused(f"it changes {ast.unparse(node)}; an answer changes its own "
                               "variables only")
             self.refuse_attribute(node.attr)
@@ -250,15 +290,28 @@ class Reader(ast.NodeVisitor):
             if len(node.args) < 2 or not isinstance(node.args[1], ast.Constant):
                 raise Refused(f"its {name} has a name that is made while it runs")
             self.refuse_attribute(str(node.args[1].value))
-        if self.is_builtin(name) and name == "type" and len(node.args) + len(node.keywords) != 1:
-            raise Refused("it makes a class; no answer needs that")
+        if self.is_builtin(name) and name == "isinstance":
+            for arg in node.args:
+                self.mention(arg)
+        inner = node.func  # type(x)(y) makes a y of x's kind
+        if isinstance(inner, ast.Call) and getattr(inner.func, "id", "") == "type":
+            if len(inner.args) == 1 and isinstance(inner.args[0], (ast.Name, ast.Constant)):
+                self.mention(inner.func)
+        if self.is_builtin(name) and name == "type" and id(node.func) not in self.mentioned:
+            raise Refused("it uses type() for more than type(x)(y)")
         self.generic_visit(node)
 
     def refuse_node(self, node):
         raise Refused("it defines a class, reaches for what is global, or waits for something; no "
                       "answer needs that")
 
-    visit_ClassDef = visit_Global = visit_MatchClass = visit_TypeAlias = refuse_node
+    def visit_MatchClass(self, node):
+        if node.kwd_attrs:
+            self.refuse_node(node)
+        self.mention(node.cls)
+        self.generic_visit(node)
+
+    visit_ClassDef = visit_Global = visit_TypeAlias = refuse_node
     visit_AsyncFunctionDef = visit_AsyncFor = visit_AsyncWith = visit_Await = refuse_node
 
     def is_builtin(self, name):
@@ -273,13 +326,10 @@ class Reader(ast.NodeVisitor):
             if not isinstance(base, types.ModuleType):
                 self.refuse_attribute(node.attr)
                 return LOCAL
-            value = member(base, node.attr, self.attributes)
+            value = member(base, node.attr)
         else:
             self.visit(node)
-            return LOCAL
-        home = getattr(value, "__module__", None) or ""
-        if str(home).partition(".")[0] in HOMES:
-            raise Refused(f"it uses {ast.unparse(node)}, which no answer needs")
+            value = LOCAL
         return value
 
     def value_of_name(self, node):
@@ -298,10 +348,13 @@ class Reader(ast.NodeVisitor):
             raise Refused(f"it uses {name}, which is neither in the function nor in the chapter: "
                           "only the function itself is graded, so put all it needs inside")
         value = self.names[name]
-        if value is not LOCAL and (name.startswith("__") or name in FORBIDDEN):
+        ours = name in vars(self.module) and value is vars(self.module)[name]
+        if ours and not isinstance(value, PLAIN) and name not in our_names():
             raise Refused(f"it uses {name}, which no answer needs")
         return value
 
     def refuse_attribute(self, name):
+        if name == "format":
+            raise Refused("it uses .format; write an f-string instead")
         if name not in self.attributes:
             raise Refused(f"it uses .{name}, which no answer needs")

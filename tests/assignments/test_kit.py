@@ -229,13 +229,21 @@ def test_hostile_answers_cost_their_own_exercise_only(homework, tmp_path):
 
 WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line of defense
     "it ends the process": ("import os\nos._exit(0)", "ended before the tests did"),
-    "it kills itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended before"),
+    "it kills itself": ("import os, signal\nsignal.raise_signal(9)", "ended before"),
     "it crashes": ("import ctypes\nctypes.string_at(0)", "ended before the tests did"),
     "it reads the answer": ("return open('04_dpok.py').read()", "open 04_dpok.py"),
     "it writes": ("open('tests/new.py', 'w')", "open tests/new.py"),
     "it starts another": ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
     "it asks for the shell": ("import os\nos.system('true')", "os.system"),
     "it writes by another name": ("open('/proc/self/cwd/tests/new.py', 'w')", "open /proc"),
+    "it goes on after it was caught": (
+        "for name in ('/tmp/new', '/tmp/new2'):\n    try:\n        open(name, 'w')\n"
+        "    except PermissionError:\n        pass", "open /tmp/new"),
+    "it writes beside /dev/null": ("open('/dev/null2', 'w')", "open /dev/null2"),
+    "it kills the grader": ("import os\nos.kill(os.getppid(), 9)", "os.kill"),
+    "it returns nothing": ("import numpy as np\nreturn np.array([])", "without numbers"),
+    "it returns nothing, hidden": (
+        "import numpy as np\ne = np.empty(1, 'O')\ne[0] = np.array([])\nreturn e", "of objects"),
     "it writes elsewhere": ("open('/tmp/new', 'w')", "open /tmp/new"),
     "it forges the report": (
         "import io, os\nfor fd in range(3, 99):\n    try:\n        io.FileIO(fd, 'w').write("
@@ -257,7 +265,8 @@ def test_what_the_rules_would_miss_is_caught_while_it_runs():
     results = ast.literal_eval(done.stdout.splitlines()[-1])
     for (name, (_, said)), (passed, reason) in zip(WHILE_IT_RUNS.items(), results, strict=True):
         assert not passed and said in reason, (name, reason)
-    assert not (ROOT / "tests/new.py").exists()
+    for path in (ROOT / "tests/new.py", "/tmp/new", "/tmp/new2", "/dev/null2"):
+        assert not Path(path).exists()
 
 
 HONEST = (  # bodies of a function of `05_eval` with the argument x
@@ -277,6 +286,12 @@ HONEST = (  # bodies of a function of `05_eval` with the argument x
     "from torch.distributions import Normal, kl_divergence\n"
     "return kl_divergence(Normal(x, 1), Normal(0.0, 1.0)), mdp.standardize(x, 0, 1)",
     "if (n := len(x)) > 1:\n    return f'{n:.2f}'\nreturn torch.finfo(x.dtype).eps",
+    "import numpy as np\nmost = np.maximum.accumulate(np.asarray(x))\n"
+    "return torch.DoubleTensor(most.tolist()), np.random.RandomState(0).rand()",
+    "from typing import List\ndef f(a: torch.Tensor) -> List[torch.Tensor]:\n    b: torch.Tensor\n"
+    "    b = a if isinstance(a, (torch.Tensor, list)) else torch.Tensor(a)\n    return [b]\n"
+    "return torch.func.grad(f)(x), torch.autograd.functional.jacobian(f, x)",
+    "with torch.set_grad_enabled(True):\n    match x:\n        case float():\n            return 1",
 )
 REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried, and what is said
     ("def unused():\n    from math import pi as models\nreturn models.json", "json of support"),
@@ -285,14 +300,23 @@ REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried
     ("def f(m=models):\n    return m.json", "support.models as a value|models as a value"),
     ("import math as x\nx = 1", "an import and something else"),
     ("import functools\nfunctools.update_wrapper(x, x)", "update_wrapper"),
-    ("T = torch.Tensor\nT.item = None", "it changes T.item"),
+    ("T = torch.Tensor\nT.item = None", "the class torch.Tensor"),
+    ("self = x\nself.item = None", "it changes self.item"),
+    ("from torch import Tensor as T\nT.grad = 1", "the class T"),
+    ("x = type(*('Same', (), {}))(1)", "more than type"),
+    ("return isinstance((T := torch.Tensor), T)", "the class torch.Tensor"),
+    ("return [y for v in x if (y := v)]", "inside a comprehension"),
+    ("return train(Config(reward='mine.py:f'))", "it uses train"),
+    ("import numpy as np\nnp.test(tests=['mine.py'])", "test of numpy"),
+    ("x.save_lora_weights('x')", "save_lora_weights"),
+    ("x = 1\n" * 5000, "more than 20000 characters"),
     ("x.scheduler.step = None", "it changes x.scheduler.step"),
     ("torch.pi[0] = 3", "it changes torch.pi"),
     ("return '{0.f_back}'.format(x)", r"\.format"),
     ("return f'{x.gi_frame}'", "gi_frame"),
     ("match x:\n    case Exception(args=a):\n        return a", "class"),
     ("class Same:\n    __eq__ = lambda *a: True\nreturn Same()", "class"),
-    ("return type('Same', (), {})()", "makes a class"),
+    ("return type('Same', (), {})()", "more than type"),
     ("t = type\nreturn t('Same', (), {})()", "passes type on"),
     ("import io\nio.FileIO(3, 'w')", "FileIO"),
     ("import typing\ntyping.get_type_hints(x)", "get_type_hints"),
