@@ -4,7 +4,20 @@ All of it works on text by line numbers from Python's own parser, so that commen
 everything else stay as they are.
 """
 import ast
+import os
 import re
+from threading import Lock
+
+READING = Lock()
+if hasattr(os, "register_at_fork"):  # a process that is copied meanwhile must find it free
+    os.register_at_fork(before=READING.acquire, after_in_parent=READING.release,
+                        after_in_child=READING.release)
+
+
+def parse(text):
+    """ast.parse for more than one thread: Python 3.11's fails when two are in it at once."""
+    with READING:
+        return ast.parse(text)
 
 
 def find(tree, name):
@@ -31,7 +44,7 @@ def answer_of(node):
 
 def blank(source, exercises):
     """Source in which the answers of these exercises are one line each, that raises."""
-    lines, tree = source.split("\n"), ast.parse(source)
+    lines, tree = source.split("\n"), parse(source)
     nodes = [(find(tree, exercise.name), exercise) for exercise in exercises]
     for node, exercise in sorted(nodes, key=lambda pair: -pair[0].lineno):  # from the end
         answer = answer_of(node)
@@ -57,7 +70,7 @@ def function_text(source, name):
     the first line that is not indented further than its `def`.
     """
     try:
-        node = find(ast.parse(source), name)
+        node = find(parse(source), name)
         if node is None:
             return None
         lines = source.split("\n")[node.lineno - 1:node.end_lineno]
@@ -92,7 +105,7 @@ def lines_by_indentation(lines, name):
 def is_blank(text):
     """Whether a function's text still has nothing but the line that make.py left."""
     try:
-        answer = answer_of(ast.parse(text).body[0])
+        answer = answer_of(parse(text).body[0])
     except SyntaxError:
         return False
     return (len(answer) == 1 and isinstance(answer[0], ast.Raise)

@@ -100,7 +100,7 @@ def reference_of(function):
     """The tree of our own answer."""
     module_name, name = split(function)
     file = import_module(module_name).__file__
-    return cut.find(ast.parse(Path(file).read_text(encoding="utf-8")), name)
+    return cut.find(cut.parse(Path(file).read_text(encoding="utf-8")), name)
 
 
 def left_as_they_were(function, skipped):
@@ -266,7 +266,7 @@ def grade_text(function, text, seconds=SECONDS, tests=""):
     if cut.is_blank(text):
         return False, "not answered yet", None
     try:
-        ast.parse(text)
+        cut.parse(text)
         rules.check(text, module, rules.stored(reference_of(function)))
     except SyntaxError as error:
         return False, f"Python cannot read it: {error.msg} (its line {error.lineno})", None

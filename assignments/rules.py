@@ -81,7 +81,7 @@ def check(text, module, stores=()):
     """
     if len(text) > LONGEST:
         raise Refused(f"it has more than {LONGEST} characters")
-    body = ast.parse(text).body
+    body = cut.parse(text).body
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
         raise Refused("it is more than one function")
     function = body[0]
@@ -106,7 +106,7 @@ def attributes(file):
     """Names that may follow a dot: of the kinds of value above, and used in a chapter or here."""
     names = {name for kind in KINDS for name in dir(kind)} | set(vars(DDIMScheduler()))
     for path in {*ROOT.glob("0*.py"), Path(file)}:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(cut.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
@@ -120,7 +120,7 @@ def our_names():
     """Functions of this repository that its own answers use, or that are an exercise."""
     names = {word for exercise in EXERCISES for word in exercise.name.split(".")}
     for exercise in EXERCISES:
-        tree = ast.parse((ROOT / exercise.file).read_text(encoding="utf-8"))
+        tree = cut.parse((ROOT / exercise.file).read_text(encoding="utf-8"))
         for node in ast.walk(cut.find(tree, exercise.name)):
             if isinstance(node, (ast.Name, ast.Attribute)):
                 names.add(getattr(node, "attr", None) or node.id)
