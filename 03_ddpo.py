@@ -19,7 +19,7 @@ the gradient. `--step-weight sigma` multiplies each step's term by σ_t/κ_t (me
 no longer ∇J, but all steps have a say.
 
 RUN `python 03_ddpo.py`: the tiny model learns to put shapes where the prompt says. EXPECT alignment
-to gain 0.26 on fresh noise, in 2 to 3 minutes on 2 CPU cores. TRY `--prompts bias`, `--estimator sf`
+to gain 0.26 on fresh noise, in three minutes on two cores. TRY `--prompts bias`, `--estimator sf`
 or `--reward compressibility`. DEPARTURES from the paper: step weights (`none` is the paper); the
 exact ratio of densities (`--ratio per_dim` is the published code's: the exact one's D-th root); the
 leave-one-out baseline (`--baseline running` is the paper's); no inner epochs: a pair of picture and
