@@ -6,6 +6,7 @@ everything else stay as they are.
 import ast
 import os
 import re
+import textwrap
 from threading import Lock
 
 READING = Lock()
@@ -51,11 +52,14 @@ def blank(source, exercises):
         first, last = answer[0].lineno, node.end_lineno
         while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
             first -= 1
+        count = len(code_lines(lines[first - 1:last]))
         task = (f"Exercise {exercise.number}: {exercise.title}, "
-                f"about {len(code_lines(lines[first - 1:last]))} lines")
+                f"about {count} line{'s' * (count > 1)}")
         indent = " " * answer[0].col_offset
+        demands = textwrap.wrap(exercise.demand, 98, initial_indent=f"{indent}# ",
+                                subsequent_indent=f"{indent}# ")
         raised = f'raise NotImplementedError("{task}")'
-        lines[first - 1:last] = [indent + raised]
+        lines[first - 1:last] = [*demands, indent + raised]
     return "\n".join(lines)
 
 

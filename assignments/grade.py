@@ -2,7 +2,7 @@
 
 RUN `python assignments/grade.py homework` (half a minute): a table of points, and for whatever
 fails, why. `--json results.json` also writes the file that Gradescope reads. `--exercises 3.2 3.4`
-grades only these. WRITES nothing else.
+grades only these, `--chapter 3` that chapter's. WRITES nothing else.
 
 Of a homework only the text of the exercises' functions is read; nothing of it is imported. Each is
 put into this repository's own module, beside the correct other functions, so a mistake costs one
@@ -18,7 +18,6 @@ import linecache
 import multiprocessing
 import os
 import re
-import resource
 import secrets
 import shutil
 import sys
@@ -64,6 +63,7 @@ class Config:
     jobs: int = 2  # answers that are graded at the same time
     seconds: int = SECONDS  # time limit of an answer
     why: bool = True  # compare a wrong answer with known mistakes, to say what is wrong
+    fail_under: int = 0  # fewer points than this end in exit code 1, which turns a workflow red
 
 
 # ---- one answer, in a process of its own ----------------------------------------------------
@@ -170,8 +170,20 @@ class Report:
             self.outcomes[report.nodeid] = False
             crash = getattr(report.longrepr, "reprcrash", None)
             message = (crash.message if crash else str(report.longrepr))[:2000]
+            line = line_of_test(report.longrepr)
+            message = f"{message}\nin the test: {line}" if line else message
             self.reasons.append([report.nodeid.rpartition("::")[2], "".join(
                 sign for sign in message if sign.isprintable() or sign == "\n")])
+
+
+def line_of_test(longrepr):
+    """The line of the test in which it failed, also where the error came from deeper down."""
+    line = ""
+    for entry in getattr(getattr(longrepr, "reprtraceback", None), "reprentries", []):
+        place = getattr(entry, "reprfileloc", None)
+        if place and Path(place.path).name.startswith("test_"):
+            line = linecache.getline(str(ROOT / place.path), place.lineno).strip()
+    return line
 
 
 def files_of(function):
@@ -186,6 +198,8 @@ def run_tests(function, text, tests, secret, answer):
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     if sys.platform == "linux":  # elsewhere there is no such limit
+        import resource
+
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + GIGABYTES * 10**9,) * 2)
     os.chdir(ROOT)
@@ -282,7 +296,8 @@ def grade_text(function, text, seconds=SECONDS, tests=""):
         return False, "not all tests could be run", None
     name, message = found["reasons"][0]
     test = name.partition("[")[0].removeprefix("test_").replace("_", " ")
-    lines = [line for line in message.splitlines() if line.strip()][:6]
+    lines = [line for line in message.splitlines() if line.strip()]
+    lines = [*lines[:6], *lines[6:][-1:]]  # the last is that of the test
     reason = (f"This does not hold: {test}.\n" if test else "") + "\n".join(lines)
     return False, reason, (name, signature(message))
 
@@ -306,7 +321,10 @@ def grade_exercise(exercise, homework, config):
     started = time.perf_counter()
     file = Path(homework, exercise.file)
     text = None
-    if file.is_file() and file.resolve().is_relative_to(Path(homework).resolve()):  # no link
+    if not file.is_file():
+        return {"exercise": exercise, "points": 0, "seconds": 0,
+                "reason": f"there is no {exercise.file} in the folder"}
+    if file.resolve().is_relative_to(Path(homework).resolve()):  # no link
         text = cut.function_text(file.read_text(encoding="utf-8", errors="replace"), exercise.name)
     try:
         passed, reason, failure = grade_text(exercise.function, text, config.seconds)
@@ -373,11 +391,15 @@ def main(argv=None):
                          f"{', '.join(BY_NUMBER)}")
     if not hasattr(os, "fork"):
         raise ValueError("grading needs fork(), which Windows lacks; use WSL or a container")
+    if not any(Path(config.homework, exercise.file).is_file() for exercise in EXERCISES):
+        raise ValueError(f"{config.homework}: none of the files with exercises is in this folder")
     results = grade(Path(config.homework), config, print_result)
     points = sum(result["points"] for result in results)
     print(f"\n{points} of {sum(result['exercise'].points for result in results)} points")
     if config.json:
         Path(config.json).write_text(json.dumps(gradescope(results), indent=1), encoding="utf-8")
+    if points < config.fail_under:
+        sys.exit(1)
     return results
 
 

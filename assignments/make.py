@@ -3,7 +3,7 @@
 RUN `python assignments/make.py homework`: all exercises are blank. `--chapter 3`: chapters 1 and 2
 are whole, and from 3 on all is blank, so that earlier mistakes cost nothing later, and later code
 shows no earlier answer. `--bug-hunt 7`: nothing is blank, but three functions have a mistake each,
-drawn by this seed; `--hint` says in which chapters, and makes nothing.
+drawn by this seed; `--hint` says in which chapters, `--solution` also what, and make nothing.
 
 The tests and this folder stay here, for they hold the answers in other words. HOMEWORK.md in the
 copy lists the exercises.
@@ -37,6 +37,7 @@ class Config:
     chapter: int | None = None  # first chapter that is blank; default: all are
     bug_hunt: int | None = None  # plant three mistakes drawn by this seed, and blank nothing
     hint: bool = False  # only say in which chapters the mistakes of --bug-hunt are
+    solution: bool = False  # only say what the mistakes of --bug-hunt are
 
 
 def copy_all(out):
@@ -81,7 +82,12 @@ def list_of(exercises):
              "Write the functions below. Each raises `NotImplementedError` now; its docstring says",
              "what it is given and what it returns. Write all that an answer needs inside the",
              "function: graded is the function alone, beside correct other ones. It computes and",
-             "does nothing else: no files, no processes, no changing of what is not its own.", "",
+             "does nothing else: no files, no processes. It imports what it needs inside itself,",
+             "mathematics, numpy and torch only. It changes what it is given only where the",
+             "docstring says so. Hand in the whole folder, or the files that you changed.", "",
+             "Where a docstring leaves something open that is graded, a comment in the function",
+             "says it. README.md is that of the whole repository: its tests/ and assignments/ are",
+             "not here.", "",
              "| exercise | points | file | function | equation or task |",
              "| --- | --- | --- | --- | --- |"]
     for exercise in exercises:
@@ -103,9 +109,11 @@ def main(argv=None):
         raise ValueError(f"--chapter {config.chapter}: there are {chapters[0]} to {chapters[-1]}")
     if config.bug_hunt is not None and config.chapter is not None:
         raise ValueError("--chapter and --bug-hunt do not go together")
-    if config.hint:
+    if config.hint or config.solution:
         if config.bug_hunt is None:
-            raise ValueError("--hint goes with --bug-hunt")
+            raise ValueError("--hint and --solution go with --bug-hunt")
+        for mutant in drawn_bugs(config.bug_hunt) if config.solution else ():
+            print(f"{mutant.function} ({mutant.file}): {mutant.words}\n    {mutant.new}")
         hunted = [str(mutant.chapter) for mutant in drawn_bugs(config.bug_hunt)]
         print(f"There is a mistake in each of the chapters {', '.join(hunted)}.")
         return None

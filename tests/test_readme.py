@@ -78,7 +78,8 @@ def entry_of(command):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_an_entry_and_every_flag_exists(page, capsys):
     known = {"--help", "--equations"}
-    for name in (*(script.stem for script in ROOT.glob("0*.py")), "assignments.make"):
+    for name in (*(script.stem for script in ROOT.glob("0*.py")), "assignments.make",
+                 "assignments.grade"):
         known |= {flags.flag(field.name) for field in fields(import_module(name).Config)}
     alone = [inline for _, _, inline in parts_of(page) if inline.startswith("--")]
     assert set(re.findall(r"--[a-z-]+", " ".join(alone))) <= known, f"flags alone in {page}"
