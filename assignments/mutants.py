@@ -193,7 +193,8 @@ MISTAKES = {  # function -> (text in it, what stands there instead, what is wron
         ("values[others].mean(0)", "values[others].sum(0) / len(prompts)",
          "divide by how many others there are, not by all pictures"),
         (".mean(0)", ".mean()", "every step has a mean of its own"),
-        ("if not others:", "if False:", "a picture without others has no baseline: raise an error")),
+        ("if not others:", "if False:",
+         "a picture without others has no baseline: raise an error")),
     "03_ddpo.leave_one_out_advantage": (
         ("(scale if scale > 1e-6 else 1)", "(scale if scale > 1e-6 else 1) * 1.0 // 1",
          "the quotient is rounded down"),
