@@ -24,7 +24,8 @@ def parse(text):
 def find(tree, name):
     """The node of a function, "accumulate" or "Value.fit", in a module's tree; or None."""
     for word in name.split("."):
-        tree = next((node for node in tree.body if getattr(node, "name", None) == word), None)
+        named = [node for node in tree.body if getattr(node, "name", None) == word]
+        tree = named[-1] if named else None  # the last of two is the one that Python uses
         if tree is None:
             return None
     return tree
@@ -89,7 +90,7 @@ def function_text(source, name):
 def lines_by_indentation(lines, name):
     start, indent = 0, -1
     for word in name.split("."):  # a method's `def` stands further in than its class
-        pattern = re.compile(rf"( *)(def|class) {word}\b")
+        pattern = re.compile(rf"([ \t]*)(def|class) {word}\b")
         for start in range(start, len(lines)):
             match = pattern.match(lines[start])
             if match and len(match[1]) > indent:

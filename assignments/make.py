@@ -41,10 +41,14 @@ class Config:
 
 
 def copy_all(out):
-    """A copy without history, hidden files, tests, runs and whatever Python has compiled."""
+    """A copy without history, tests, runs, other homeworks and whatever Python has made."""
+    def is_left_out(path):
+        made = (path / "HOMEWORK.md").exists() or (path / "pyvenv.cfg").exists()
+        return (path.name in LEFT_OUT or path.name.startswith(".") or made
+                or path.resolve() == out.resolve())
+
     def ignore(folder, names):
-        return [name for name in names if name in LEFT_OUT or name.startswith(".")
-                or Path(folder, name).resolve() == out.resolve()]
+        return [name for name in names if is_left_out(Path(folder, name))]
 
     shutil.copytree(ROOT, out, ignore=ignore)
 

@@ -509,10 +509,13 @@ class Mutant:
         exercise = BY_FUNCTION.get(self.function)
         return exercise.chapter if exercise else 0
 
+    def right_text(self):
+        source = (ROOT / self.file).read_text(encoding="utf-8")
+        return cut.function_text(source, split(self.function)[1])
+
     def text(self):
         """The wrong function."""
-        source = (ROOT / self.file).read_text(encoding="utf-8")
-        return self.planted(cut.function_text(source, split(self.function)[1]))
+        return self.planted(self.right_text())
 
     def planted(self, text):
         """The text with the mistake in it; ValueError unless it has exactly one place."""
@@ -526,22 +529,39 @@ MUTANTS = [Mutant(function, *words) for table in (MISTAKES, LOOPS)
 
 
 def survivors(mutants, jobs=2):
-    """Those of the wrong answers that pass all tests which should fail."""
+    """Those of the wrong answers that no test notices, with the reason.
+
+    A test must fail: a crash, a time limit, or a `-k` that chooses no test prove nothing. And the
+    same tests must pass with the right function.
+    """
     grade = import_module("grade")  # which imports this file
     grade.load_everything()
+    right = {(mutant.function, mutant.tests): mutant for mutant in mutants if mutant.tests}
 
-    def passes(mutant):
-        return grade.grade_text(mutant.function, mutant.text(), 120, mutant.tests)[0]
+    def is_wrong(mutant):
+        passed, reason, failure = grade.grade_text(mutant.function, mutant.text(), 120,
+                                                   mutant.tests)
+        return passed or not failure, reason
+
+    def is_right(mutant):
+        passed, reason, _ = grade.grade_text(mutant.function, mutant.right_text(), 120,
+                                             mutant.tests)
+        return not passed, f"the right function fails: {reason}"
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [mutant for mutant, alive in zip(mutants, pool.map(passes, mutants)) if alive]
+        checks = [*zip(mutants, pool.map(is_wrong, mutants)),
+                  *zip(right.values(), pool.map(is_right, right.values()))]
+    return [(mutant, reason) for mutant, (alive, reason) in checks if alive]
 
 
 def main(functions):
+    unknown = set(functions) - {mutant.function for mutant in MUTANTS}
+    if unknown:
+        sys.exit(f"mutants.py: {unknown.pop()}: there is no wrong answer for this function")
     chosen = [mutant for mutant in MUTANTS if not functions or mutant.function in functions]
     alive = survivors(chosen)
-    for mutant in alive:
-        print(f"no test notices: {mutant.function}: {mutant.old!r} -> {mutant.new!r}")
+    for mutant, reason in alive:
+        print(f"no test notices: {mutant.function}: {mutant.old!r} -> {mutant.new!r} {reason}")
     print(f"{len(chosen)} wrong answers, {len(alive)} of them unnoticed")
     return len(alive)
 

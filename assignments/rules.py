@@ -25,9 +25,9 @@ from exercises import EXERCISES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILTINS = set(  # of Python's own functions these, and all exceptions that end no process
-    "abs all any bool callable complex dict divmod enumerate filter float format frozenset getattr "
-    "hasattr int isinstance iter len list map max min next pow print range repr reversed round set "
-    "slice sorted str sum tuple type zip".split())
+    "abs all any bool callable chr complex dict divmod enumerate filter float format frozenset "
+    "getattr hasattr hash int isinstance iter len list map max min next ord pow print range repr "
+    "reversed round set slice sorted str sum tuple type zip".split())
 LIBRARIES = set(  # modules that an answer may use
     "bisect cmath collections contextlib copy fractions functools heapq io itertools math numpy "
     "numpy.linalg numpy.random operator random re statistics torch torch.autograd "
@@ -66,6 +66,9 @@ KINDS = (torch.Tensor, torch.Generator, torch.nn.Module, torch.optim.AdamW, torc
          deque, bytes, complex, dict, float, int, list, set, slice, str, tuple, BaseException)
 LONGEST = 20_000  # characters of an answer; the longest of ours has 3,000
 PLAIN = (types.ModuleType, bool, int, float, str, tuple)  # what any name of ours may stand for
+LITERAL = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.Tuple, ast.expr_context)
+NAMING = (ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Subscript, ast.Constant, ast.BinOp,
+          ast.BitOr, ast.expr_context)  # what an annotation consists of
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 LOCAL = object()  # stands for a value that is only known when the answer runs
 
@@ -85,14 +88,47 @@ def check(text, module, stores=()):
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
         raise Refused("it is more than one function")
     function = body[0]
-    for default in [*function.args.defaults, *function.args.kw_defaults]:
-        if default and any(isinstance(node, (ast.Name, ast.Call)) for node in ast.walk(default)):
+    for default in [*function.args.defaults, *filter(None, function.args.kw_defaults)]:
+        if not all(isinstance(part, LITERAL) for part in ast.walk(default)):
             raise Refused("a default value of it is worked out when it is defined")
-    arguments = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-    again = {node.id for node in ast.walk(function)
-             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    refuse_two_meanings(function)
+    arguments = {arg.arg for arg in arguments_of(function)}
+    again = {name for node in ast.walk(function) for name in bound_by(node)}
     Reader(module, {store for store in stores
                     if store.partition(".")[0] in arguments - again}).visit(function)
+
+
+def arguments_of(function):
+    """The arguments of a function or lambda itself, not those of a lambda in its defaults."""
+    args = function.args
+    found = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+    return [arg for arg in found if arg]
+
+
+def bound_by(node):
+    """The names that this node itself binds, but for arguments and imports."""
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return [node.id]
+    if isinstance(node, ast.MatchMapping):
+        return [node.rest]
+    if isinstance(node, (ast.FunctionDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+        return [node.name]
+    return []
+
+
+def refuse_two_meanings(function):
+    """What is imported anywhere in an answer has no other meaning anywhere else in it."""
+    imports = {}
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name, value in imported(node):
+                if imports.setdefault(name, value) is not value:
+                    raise Refused(f"its {name} is imported with two meanings")
+    for node in ast.walk(function):
+        names = [node.arg] if isinstance(node, ast.arg) else bound_by(node)
+        names += node.names if isinstance(node, ast.Nonlocal) else []
+        for name in imports.keys() & set(names):
+            raise Refused(f"its {name} is an import and something else too")
 
 
 def stored(function):
@@ -177,23 +213,20 @@ class Reader(ast.NodeVisitor):
         bound, todo = {}, list(body)
         while todo:
             node = todo.pop()
-            found = []
+            bound |= dict.fromkeys(bound_by(node), LOCAL)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                found = list(imported(node))
-            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                found = [(node.id, LOCAL)]
-            elif isinstance(node, (ast.FunctionDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
-                found = [(node.name, LOCAL)]
-            elif isinstance(node, ast.MatchMapping):
-                found = [(node.rest, LOCAL)]
-            for name, value in found:
-                if bound.setdefault(name, value) is not value:
-                    raise Refused(f"its {name} is an import and something else too")
+                bound |= dict(imported(node))
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):  # has a scope of its own
-                todo += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+                todo += self.around(node)
             elif not isinstance(node, COMPREHENSIONS):
                 todo += ast.iter_child_nodes(node)
         return bound
+
+    def around(self, node):
+        """What a function has that belongs to the scope around it: defaults and the like."""
+        parts = [*getattr(node, "decorator_list", []), *node.args.defaults, *node.args.kw_defaults,
+                 *[arg.annotation for arg in arguments_of(node)], getattr(node, "returns", None)]
+        return [part for part in parts if part]
 
     def visit_in_scope(self, bound, nodes):
         self.names, outer = self.names | bound, self.names
@@ -210,14 +243,14 @@ class Reader(ast.NodeVisitor):
         self.inline -= 1
 
     def visit_function(self, node, body):
-        for arg in ast.walk(node.args):
-            self.mention(getattr(arg, "annotation", None))
+        if getattr(node, "type_params", None):
+            self.refuse_node(node)
+        for arg in arguments_of(node):
+            self.mention(arg.annotation)
         self.mention(getattr(node, "returns", None))
-        for outside in [*getattr(node, "decorator_list", []), node.args,
-                        getattr(node, "returns", None)]:
-            if outside:
-                self.visit(outside)  # defaults and annotations belong to the scope around it
-        arguments = [arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
+        for part in self.around(node):
+            self.visit(part)
+        arguments = [arg.arg for arg in arguments_of(node)]
         self.visit_in_scope(self.bindings(body) | dict.fromkeys(arguments, LOCAL), body)
 
     def visit_comprehension_of(self, node):
@@ -241,7 +274,7 @@ class Reader(ast.NodeVisitor):
     def mention(self, node):
         """In this part, such as an annotation, a class is only named."""
         parts = list(ast.walk(node)) if node else []
-        if not any(isinstance(part, (ast.NamedExpr, ast.Call, ast.Lambda)) for part in parts):
+        if all(isinstance(part, NAMING) for part in parts):
             self.mentioned |= set(map(id, parts))
 
     def refuse_value(self, node):
@@ -256,6 +289,8 @@ class Reader(ast.NodeVisitor):
     visit_Name = refuse_value
 
     def visit_AnnAssign(self, node):
+        if not node.simple and node.value is None:  # binds nothing, and looks as if it did
+            self.refuse_node(node)
         self.mention(node.annotation)
         self.generic_visit(node)
 
@@ -286,19 +321,28 @@ class Reader(ast.NodeVisitor):
     def visit_Call(self, node):
         name = getattr(node.func, "id", "")
         self.called.add(id(node.func))
+        plain = not node.keywords and not any(isinstance(arg, ast.Starred) for arg in node.args)
         if self.is_builtin(name) and name in ("getattr", "hasattr"):
-            if len(node.args) < 2 or not isinstance(node.args[1], ast.Constant):
+            if not plain or len(node.args) < 2 or not isinstance(node.args[1], ast.Constant):
                 raise Refused(f"its {name} has a name that is made while it runs")
             self.refuse_attribute(str(node.args[1].value))
         if self.is_builtin(name) and name == "isinstance":
-            for arg in node.args:
-                self.mention(arg)
-        inner = node.func  # type(x)(y) makes a y of x's kind
-        if isinstance(inner, ast.Call) and getattr(inner.func, "id", "") == "type":
-            if len(inner.args) == 1 and isinstance(inner.args[0], (ast.Name, ast.Constant)):
-                self.mention(inner.func)
+            self.mention(node.args[-1] if node.args else None)
+        if plain and len(node.args) == 1:  # type(x)(y) makes a y of x's kind
+            self.mention_type(node.func)
         if self.is_builtin(name) and name == "type" and id(node.func) not in self.mentioned:
-            raise Refused("it uses type() for more than type(x)(y)")
+            raise Refused("it uses type() for more than type(x)(y) and type(x) is y")
+        self.generic_visit(node)
+
+    def mention_type(self, node):
+        """Where this is type(x), it is used as it may be."""
+        if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+            if isinstance(node.args[0], (ast.Name, ast.Constant)):
+                self.mention(node.func)
+
+    def visit_Compare(self, node):
+        for side in (node.left, *node.comparators):
+            self.mention_type(side)
         self.generic_visit(node)
 
     def refuse_node(self, node):

@@ -145,6 +145,10 @@ def test_a_function_is_found_also_beside_what_python_cannot_read():
         assert cut.function_text(source, "first") == good.partition("\n\n\nclass")[0] + "\n"
         assert cut.function_text(source, "C.g") == "def g(self):\n    return 2\n"
         assert cut.function_text(source, "missing") is None
+    twice = good.replace("return a", "raise NotImplementedError") + "\n\n" + good
+    assert "return a" in cut.function_text(twice, "first")  # as Python has it
+    tabs = good.replace("    ", "\t")
+    assert "return 2" in cut.function_text(tabs + "\n\ndef broken(:\n", "C.g")
     outdented = good.replace("        return 2", "# why\n        return 2")
     assert cut.function_text(outdented, "C.g") == "def g(self):\n# why\n    return 2\n"
 
@@ -291,24 +295,35 @@ HONEST = (  # bodies of a function of `05_eval` with the argument x
     "from typing import List\ndef f(a: torch.Tensor) -> List[torch.Tensor]:\n    b: torch.Tensor\n"
     "    b = a if isinstance(a, (torch.Tensor, list)) else torch.Tensor(a)\n    return [b]\n"
     "return torch.func.grad(f)(x), torch.autograd.functional.jacobian(f, x)",
+    "@(lambda f: f)\ndef g(a=1, *, b: float = -1.0):\n    return type(a) is int and ord('b')\n"
+    "return g()",
     "with torch.set_grad_enabled(True):\n    match x:\n        case float():\n            return 1",
 )
 REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried, and what is said
     ("def unused():\n    from math import pi as models\nreturn models.json", "json of support"),
     ("return [0 for models in models.json]", "json of support"),
     ("(lambda: (models := 1))()\nreturn models.json", "inside a comprehension or lambda"),
-    ("def f(m=models):\n    return m.json", "support.models as a value|models as a value"),
+    ("def g(m=models):\n    return m.json", "models as a value"),
     ("import math as x\nx = 1", "an import and something else"),
     ("import functools\nfunctools.update_wrapper(x, x)", "update_wrapper"),
     ("T = torch.Tensor\nT.item = None", "the class torch.Tensor"),
     ("self = x\nself.item = None", "it changes self.item"),
     ("from torch import Tensor as T\nT.grad = 1", "the class T"),
     ("x = type(*('Same', (), {}))(1)", "more than type"),
+    ("k = int\nreturn type(k)('Same', (list,), {})()", "more than type"),
+    ("(eval): int\nreturn eval('1')", "no answer needs that"),
+    ("def g(a=lambda eval: 0):\n    return eval('1')", "Python's eval"),
+    ("import math\ndef g(a: (math := x)):\n    pass", "something else too"),
+    ("import math\ndef g(v):\n    nonlocal math\n    math = v", "something else too"),
+    ("def g(math):\n    import math\n    return math", "something else too"),
+    ("return getattr(*(x, 'gi_frame'), 'shape')", "made while it runs"),
+    ("return isinstance([0 for x[0] in [torch.Tensor]], int)", "the class torch.Tensor"),
     ("return isinstance((T := torch.Tensor), T)", "the class torch.Tensor"),
     ("return [y for v in x if (y := v)]", "inside a comprehension"),
     ("return train(Config(reward='mine.py:f'))", "it uses train"),
     ("import numpy as np\nnp.test(tests=['mine.py'])", "test of numpy"),
     ("x.save_lora_weights('x')", "save_lora_weights"),
+    ("def f(x, q=lambda eval: 0):\n    return eval('1')\n", "a default value"),
     ("x = 1\n" * 5000, "more than 20000 characters"),
     ("x.scheduler.step = None", "it changes x.scheduler.step"),
     ("torch.pi[0] = 3", "it changes torch.pi"),
@@ -333,7 +348,8 @@ REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried
 
 
 def function_of(body):
-    return "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    """A function f(x) with this body, or the one that the body is."""
+    return body if body.startswith("def f(") else "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
 
 
 def test_answers_that_only_compute_are_let_through():
