@@ -349,7 +349,9 @@ REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried
 
 def function_of(body):
     """A function f(x) with this body, or the one that the body is."""
-    return body if body.startswith("def f(") else "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    if body.startswith("def f("):
+        return body
+    return "def f(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
 
 
 def test_answers_that_only_compute_are_let_through():
