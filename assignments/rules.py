@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from tqdm import tqdm, trange
 
 import cut
 from exercises import EXERCISES
@@ -57,8 +58,9 @@ CLASSES = {  # of these modules no other classes
 OURS = ("support.", "experiments.", "tiny_sd.", "01_", "02_", "03_", "04_", "05_")
 FORBIDDEN = set(  # what reaches files, other code, or the settings of all
     "ctypes compile dump dumps format format_map from_file from_pretrained fromfile fromregex "
-    "genfromtxt load loads loadtxt memmap push_to_hub savetxt savez savez_compressed setflags "
-    "share_memory share_memory_ storage test tofile typed_storage untyped_storage".split())
+    "genfromtxt load loads loadtxt memmap push_to_hub resize resize_ resize_as_ savetxt savez "
+    "savez_compressed set_ setflags share_memory share_memory_ storage test tofile typed_storage "
+    "untyped_storage vector_to_parameters".split())
 PREFIXES = ("_", "import_", "load_", "parse_", "register_", "save_", "set_")  # of no module's names
 KINDS = (torch.Tensor, torch.Generator, torch.nn.Module, torch.optim.AdamW, torch.finfo,
          torch.distributions.Normal, torch.distributions.Categorical, np.ndarray, np.finfo,
@@ -66,6 +68,7 @@ KINDS = (torch.Tensor, torch.Generator, torch.nn.Module, torch.optim.AdamW, torc
          deque, bytes, complex, dict, float, int, list, set, slice, str, tuple, BaseException)
 LONGEST = 20_000  # characters of an answer; the longest of ours has 3,000
 PLAIN = (types.ModuleType, bool, int, float, str, tuple)  # what any name of ours may stand for
+BAR_FLAGS = {"delay", "desc", "leave", "total", "unit"}  # tqdm's others can do more than show a bar
 LITERAL = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.Tuple, ast.expr_context)
 NAMING = (ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Subscript, ast.Constant, ast.BinOp,
           ast.BitOr, ast.expr_context)  # what an annotation consists of
@@ -189,10 +192,10 @@ def member(module, name):
         allowed = name in our_names()
     elif home in MEMBERS:
         allowed = name in MEMBERS[home]
-    elif home in CLASSES and isinstance(value, type):
-        allowed = issubclass(value, CLASSES[home])
     else:
         allowed = name not in FORBIDDEN and name != "save" and not name.startswith(PREFIXES)
+        if home in CLASSES and isinstance(value, type):
+            allowed = name not in FORBIDDEN and issubclass(value, CLASSES[home])
     if not allowed:
         raise refused
     return value
@@ -271,6 +274,10 @@ class Reader(ast.NodeVisitor):
 
     # ---- what is used -----------------------------------------------------------------------
 
+    def is_bar(self, node):
+        value = self.value_of(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
+        return value is tqdm or value is trange
+
     def mention(self, node):
         """In this part, such as an annotation, a class is only named."""
         parts = list(ast.walk(node)) if node else []
@@ -282,7 +289,8 @@ class Reader(ast.NodeVisitor):
         value = self.value_of(node)
         if isinstance(value, types.ModuleType):
             raise Refused(f"it uses the module {ast.unparse(node)} as a value")
-        if isinstance(value, type) and issubclass(value, (torch.Tensor, torch.nn.Module)):
+        is_tensor = isinstance(value, type) and issubclass(value, torch.Tensor)
+        if is_tensor or value is tqdm or value is trange:
             if id(node) not in self.called | self.mentioned:
                 raise Refused(f"it uses the class {ast.unparse(node)} as a value")
 
@@ -298,7 +306,7 @@ class Reader(ast.NodeVisitor):
         if isinstance(node.ctx, ast.Load):
             self.refuse_value(node)
         else:
-            settable = node.attr in ("grad", "requires_grad", "data") or ast.unparse(
+            settable = node.attr in ("grad", "requires_grad") or ast.unparse(
                 node) in self.stores
             if not settable:
                 raise Refused(f"it changes {ast.unparse(node)}; an answer changes its own "
@@ -321,11 +329,15 @@ class Reader(ast.NodeVisitor):
     def visit_Call(self, node):
         name = getattr(node.func, "id", "")
         self.called.add(id(node.func))
-        plain = not node.keywords and not any(isinstance(arg, ast.Starred) for arg in node.args)
+        used = {word.arg for word in node.keywords}
+        starred = any(isinstance(arg, ast.Starred) for arg in node.args)
+        plain = not used and not starred
         if self.is_builtin(name) and name in ("getattr", "hasattr"):
             if not plain or len(node.args) < 2 or not isinstance(node.args[1], ast.Constant):
                 raise Refused(f"its {name} has a name that is made while it runs")
             self.refuse_attribute(str(node.args[1].value))
+        if self.is_bar(node.func) and (starred or len(node.args) > 2 or used - BAR_FLAGS):
+            raise Refused(f"its progress bar has other flags than {', '.join(sorted(BAR_FLAGS))}")
         if self.is_builtin(name) and name == "isinstance":
             self.mention(node.args[-1] if node.args else None)
         if plain and len(node.args) == 1:  # type(x)(y) makes a y of x's kind

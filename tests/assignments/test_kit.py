@@ -213,6 +213,9 @@ HOSTILE = {  # number -> an answer that wants points for something else, and wha
     "3.3": ("return training.np.memmap('a')", "np of support"),
     "3.4": ("return (i for i in '').gi_frame.f_back", "gi_frame"),
     "3.5": ("t = torch\nt.add = None\nreturn reward", "as a value"),
+    "5.3": ("return getattr(f, 'x\\n\\x1b[1A')", "x"),
+    "5.7": ("a.zero_()\nreturn {}", "it changes what it is given"),
+    "3.6": ("prompts[:] = 'a' * len(prompts)\nreturn reward", "it changes what it is given"),
     "5.4": ("g = getattr\nreturn g(reward, 'x')", "getattr"),
     "5.5": ("from operator import attrgetter as a\nreturn a('x')", "attrgetter"),
     "5.6": ("[0 for setattr in ()]\nsetattr(math, 'pi', 3)", "setattr"),
@@ -229,6 +232,7 @@ def test_hostile_answers_cost_their_own_exercise_only(homework, tmp_path):
     for number, (_, said) in HOSTILE.items():
         assert results[number]["score"] == 0 and said in results[number]["output"], number
     assert results["4.4"]["score"] == 1
+    assert results["5.3"]["output"].startswith("refused: it uses .x\n[1A")  # no escape
 
 
 WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line of defense
@@ -245,6 +249,10 @@ WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line o
         "    except PermissionError:\n        pass", "open /tmp/new"),
     "it writes beside /dev/null": ("open('/dev/null2', 'w')", "open /dev/null2"),
     "it kills the grader": ("import os\nos.kill(os.getppid(), 9)", "os.kill"),
+    "it writes when it is thrown away": (
+        "def g(box):\n    try:\n        yield 1\n    finally:\n        open('/tmp/new', 'w')\n"
+        "box = []\nit = g(box)\nbox.append(it)\nnext(it)\nreturn math.log(n) - (n - 1) / n",
+        ""),
     "it returns nothing": ("import numpy as np\nreturn np.array([])", "without numbers"),
     "it returns nothing, hidden": (
         "import numpy as np\ne = np.empty(1, 'O')\ne[0] = np.array([])\nreturn e", "of objects"),
@@ -316,6 +324,14 @@ REFUSED = (  # the same, of `03_ddpo`: ways over a fence that a reader has tried
     ("import math\ndef g(a: (math := x)):\n    pass", "something else too"),
     ("import math\ndef g(v):\n    nonlocal math\n    math = v", "something else too"),
     ("def g(math):\n    import math\n    return math", "something else too"),
+    ("x.data = x * 0", "it changes x.data"),
+    ("x.set_(x * 0)", r"\.set_"),
+    ("torch.nn.utils.vector_to_parameters(x, [x])", "vector_to_parameters"),
+    ("import numpy as np\nnp.memmap('x')", "memmap"),
+    ("x.resize(1, refcheck=False)", r"\.resize"),
+    ("from tqdm import tqdm\nstr(tqdm(total=1, bar_format='{n.f_back}'))", "progress bar"),
+    ("from tqdm import tqdm\ntqdm(**{'bar_' + 'format': '{n}'})", "progress bar"),
+    ("from tqdm import tqdm\nt = tqdm\nt(bar_format='{n}')", "the class tqdm"),
     ("return getattr(*(x, 'gi_frame'), 'shape')", "made while it runs"),
     ("return isinstance([0 for x[0] in [torch.Tensor]], int)", "the class torch.Tensor"),
     ("return isinstance((T := torch.Tensor), T)", "the class torch.Tensor"),

@@ -1,5 +1,6 @@
 """Intervals by simulation on models with known effects; errors and Holm by other algebra."""
 import math
+import statistics
 from itertools import combinations
 
 import numpy as np
@@ -97,6 +98,11 @@ def test_errors_of_strata_by_hand_and_by_simulation():
     stream = training.random_stream(0, "bootstrap")
     found = significance.resampled_deviations(values, labels, stream, 40000)
     assert (found.std().item(), found.mean().item()) == pytest.approx((error, 0), abs=0.02 * error)
+    stream, draws = training.random_stream(0, "bootstrap"), torch.zeros(40000).double()
+    for label, own in (("a", [1.0, 3]), ("b", [10.0, 14, 12])):  # in the order of the labels
+        n, own = len(own), torch.tensor(own).double() - statistics.mean(own)
+        draws += math.sqrt(n / (n - 1)) * own[stream.integers(n, size=(40000, n))].sum(1) / 5
+    torch.testing.assert_close(found, draws)
     size = torch.tensor([1.0] * 3 + [2.0] * 5)  # strata of other means and other spreads
     samples = 10 * size + size * randn(4000, 8)
     squares = [error_of(row, size.tolist()) ** 2 for row in samples]
