@@ -21,6 +21,11 @@ from torch import nn
 
 from support import parallel
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 KEPT = 2  # checkpoints of a run
 
 
@@ -157,6 +162,25 @@ def uninterrupted():
 # ---- checkpoints ----------------------------------------------------------------------------
 
 
+@parallel.only_first
+def lock(folder):
+    """Keeps other processes from training in a run's folder until this one ends.
+
+    -> the file that must stay open; None where the system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    path = Path(folder, "checkpoints", "lock")
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"{folder}: another process trains this run now") from error
+    return file
+
+
 def fingerprint(tensors, text):
     """sha256 over names, types, shapes and bytes of tensors, and over a text."""
     total = hashlib.sha256(text.encode())
@@ -168,7 +192,7 @@ def fingerprint(tensors, text):
 
 def files(folder):
     """The checkpoints of a run's folder, the oldest first."""
-    found = Path(folder, "checkpoints").glob("round-*.safetensors")
+    found = Path(folder, "checkpoints").glob("round-[0-9]*.safetensors")
     return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
 
 

@@ -108,6 +108,9 @@ def parse(Config, doc, argv=None, sd=None, quick=None):
         if settings and f"--{name}" in words:
             default = replace(default, **settings, **{name: True})
     config = read(Config, doc, words, default)
+    for name in ("resume", "name"):
+        if getattr(config, name, None) == "":
+            raise ValueError(f"{flag(name)} is empty")
     folder = getattr(config, "resume", None)
     if folder:
         saved = saved_config(folder, Config)
@@ -134,8 +137,13 @@ def saved_config(folder, Config):
     saved.pop("method", None)
     if saved.keys() != {field.name for field in fields(Config)}:
         raise ValueError(f"--resume {folder}: another script began this run, or another version")
-    return Config(**{name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-                     for name, value in saved.items()})
+    config = Config(**{name: tuple(value) if isinstance(value, list) else value  # for JSON's lists
+                       for name, value in saved.items()})
+    try:
+        check(config)
+    except TypeError as error:  # text where a number belongs
+        raise ValueError(f"--resume {folder}: its config.json was changed: {error}") from error
+    return config
 
 
 def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):

@@ -13,6 +13,7 @@ import json
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support import models
+from support import hub, models
 from support.reward_models import find
 
 GB = 1e9
@@ -124,15 +125,18 @@ def read_networks(model, dtype):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
     source, parts = find_source(model), {}
+    options = {} if isinstance(source, Path) else hub.only_here()
     try:
         with torch.device("meta"):
             for part, kind in (("unet", diffusers.UNet2DConditionModel),
                                ("vae", diffusers.AutoencoderKL)):
-                parts[part] = kind.from_config(kind.load_config(source, subfolder=part))
-            settings = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+                parts[part] = kind.from_config(kind.load_config(
+                    source, subfolder=part, **options))
+            settings = transformers.CLIPTextConfig.from_pretrained(
+                source, subfolder="text_encoder", **options)
             parts["text_encoder"] = transformers.CLIPTextModel(settings)
     except Exception as error:  # the loaders raise nearly every type there is
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = hub.why(error) if options else str(error).strip().split("\n")[0][:200]
         raise ValueError(f"--model {model}: cannot read its configs: {reason}") from error
     for network in parts.values():
         network.requires_grad_(False).to(getattr(torch, dtype)).eval()
@@ -242,7 +246,10 @@ def count_numbers(file):
 def reward_bytes(config):
     """Reward or gold -> bytes of its networks, and the names of those that are not here."""
     sizes, missing = {}, []
-    on_gpu = torch.device(config.device or models.pick_device()).type == "cuda"
+    try:
+        on_gpu = torch.device(config.device or models.pick_device()).type == "cuda"
+    except RuntimeError as error:  # it need not be here, but it must be a device
+        raise ValueError(f"--device {config.device}: {str(error)[:200]}") from error
     for spec in (config.reward, getattr(config, "gold", "")):
         for reward in reward_names(spec):
             for field in LEARNED.get(reward, ()):
@@ -269,17 +276,18 @@ def count(config, reference=False, value=False, guided=True, chains=1):
     pipe = read_networks(config.model, config.dtype)
     params = models.trainable(pipe, config)
     guidance = 1 if config.guidance_scale == 1 else 2  # it needs a row without the prompt, too
-    rows = config.train_batch_size * (guidance if guided else 1)
+    pictures = config.prompts_per_round * config.samples_per_prompt
+    next_pictures = max(pictures, config.eval_samples)  # while they are drawn, the last ones stay
+    rows = min(config.train_batch_size, pictures * config.num_steps) * (guidance if guided else 1)
     learning = {"activations of a batch": training_peak(pipe, rows)}
     moments, learning["a step of AdamW"] = adamw_bytes(pipe.unet)
-    drawing = {"the UNet on a batch": drawing_peak(pipe, guidance * config.batch_size),
+    drawing = {"the UNet on a batch": drawing_peak(
+        pipe, guidance * min(config.batch_size, next_pictures)),
                "the VAE's decoder": decoding_peak(pipe)}
 
     weights = bytes_of(pipe.unet.parameters())
     adapters = bytes_of(params) if config.lora_rank else 0
     copied = reference and not config.lora_rank
-    pictures = config.prompts_per_round * config.samples_per_prompt
-    next_pictures = max(pictures, config.eval_samples)  # while they are drawn, the last ones stay
     L, D = prompt_shape(pipe)
     of_prompt = L * D * pipe.text_encoder.dtype.itemsize
     stays = {"UNet": weights - adapters, "VAE": bytes_of(pipe.vae.parameters()),

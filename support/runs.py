@@ -40,6 +40,7 @@ class Run:
         self.settings = asdict(config) | {"resume": None, "method": method}
         if not config.resume:
             write_json(self.folder / "config.json", self.settings)
+        self.lock = checkpoints.lock(self.folder)
 
     def rounds(self, pipe, *others):
         """0, 1, ..., with a progress bar; keeps pipe's weights after every --keep-every of them.
@@ -215,6 +216,7 @@ def check_folder(config):
     """ValueError unless --out can hold a new folder of the run's --name, or --resume can go on."""
     if config.resume:
         if Path(config.resume, "evaluation.json").is_file():
+            checkpoints.remove(config.resume)  # it may have been killed before it did so itself
             raise ValueError(f"--resume {config.resume}: this run is finished; "
                              f"--model {config.resume} trains its model further")
         return
@@ -305,8 +307,10 @@ def read_film(folder, end=math.inf):
     """
     folder = Path(folder, "film")
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    if not prompts:
+        raise ValueError(f"{folder / 'prompts.json'} has no prompts")
     frames = {}
-    for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem)):
+    for path in sorted(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem)):
         if int(path.stem) >= end:
             break
         picture = Image.open(path).convert("RGB")

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -276,7 +278,7 @@ def left_behind(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or path.suffix == ".part":
+        if path.is_dir() or path.suffix == ".part" or path.name == "lock":
             continue
         found[name] = path.read_bytes()
         if path.name == "metrics.csv":
@@ -369,7 +371,6 @@ def test_killed_at_any_point_a_run_ends_as_if_nothing_had_happened(tmp_path, qui
         if (folder / "evaluation.json").is_file():
             with pytest.raises(ValueError, match="finished"):
                 runs.check_folder(Config(out, resume=str(folder)))
-            checkpoints.remove(folder)
         elif (folder / "config.json").is_file():
             rounds_done = len(checkpoints.files(folder))
             again = train(Config(out, resume=str(folder)))
@@ -414,6 +415,17 @@ def test_what_is_lost_is_one_clear_line_and_nothing_is_touched(change, named, tm
     with pytest.raises(ValueError, match=named):
         train(Config(str(tmp_path), resume=str(folder)))
     assert left_behind(folder) == before
+
+
+def test_a_run_that_another_process_trains_is_refused(tmp_path):
+    code = "import sys; from support import checkpoints; checkpoints.lock(sys.argv[1])"
+    mine = checkpoints.lock(tmp_path)
+    for refused in (True, False):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=runs.models.HERE,
+                              capture_output=True, text=True)
+        said = f"ValueError: {tmp_path}: another process trains this run" in done.stderr
+        assert (done.returncode != 0) == said == refused
+        mine.close()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, quiet, monkeypatch):
@@ -463,6 +475,6 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path, q
         f"03_ddpo.py: [Errno 28] No space left on device: '{path}'; what it has finished is kept, "
         f"go on with: python 03_ddpo.py --resume {folder}\n")
     # No half-written file takes up room.
-    assert sorted(path.parent.iterdir()) == checkpoints.files(folder)
+    assert sorted(path.parent.iterdir()) == [path.with_name("lock"), *checkpoints.files(folder)]
     assert checkpoints.read_newest(folder)[1]["round"] == 2
     assert left_behind(train(Config(str(tmp_path), resume=str(folder))).folder) == wanted
