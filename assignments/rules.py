@@ -192,10 +192,10 @@ def member(module, name):
         allowed = name in our_names()
     elif home in MEMBERS:
         allowed = name in MEMBERS[home]
+    elif home in CLASSES and isinstance(value, type):
+        allowed = name not in FORBIDDEN and issubclass(value, CLASSES[home])
     else:
         allowed = name not in FORBIDDEN and name != "save" and not name.startswith(PREFIXES)
-        if home in CLASSES and isinstance(value, type):
-            allowed = name not in FORBIDDEN and issubclass(value, CLASSES[home])
     if not allowed:
         raise refused
     return value

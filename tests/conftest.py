@@ -37,6 +37,11 @@ def pytest_runtestloop(session):
     return True
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: of two processes, none is left alone with it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def formula_of(dotted):
     """The first line of a function's docstring.  dotted: "04_dpok.Value.fit", "support.a.b"."""
     parts = dotted.split(".")

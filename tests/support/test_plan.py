@@ -239,6 +239,12 @@ def test_the_random_model_has_the_shapes_of_v15_whose_activations_were_measured(
     assert plan.decoding_peak(pipe) / 1e9 == pytest.approx(0.8, rel=0.05)
 
 
+def test_no_larger_batch_is_counted_than_a_round_has():
+    steps = ddpo.Config().num_steps
+    assert counted(train_batch_size=10**6, batch_size=10**6) == counted(
+        train_batch_size=3 * steps, batch_size=4)
+
+
 # ---- measured -------------------------------------------------------------------------------
 
 ROWS = 256
@@ -298,6 +304,7 @@ def measure():
 
 def settings_of(name):
     return ddpo.Config(batch_size=ROWS, train_batch_size=ROWS, device="cpu", num_steps=2,
+                       samples_per_prompt=ROWS // 8,  # so that a batch can be so large
                        lora_rank=4 if name == "adapters" else 0,
                        checkpointing="checkpointing" in name)
 
