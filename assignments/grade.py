@@ -12,6 +12,7 @@ itself, takes too long or too much memory, or whose answer does more than comput
 import ast
 import contextlib
 import functools
+import gc
 import io
 import json
 import linecache
@@ -250,6 +251,7 @@ def run_tests(function, text, tests, secret, answer, folder):
         except BaseException as error:  # also SystemExit: an answer must not end the grading
             found = {"outcomes": {}, "broken": broken,
                      "reasons": [["", f"{type(error).__name__}: {error}"]]}
+    gc.collect()  # what the answer has left behind ends here, and is still looked at
     answer.write(json.dumps(found | {"secret": secret}).encode())
     answer.flush()
     os._exit(0)  # so that nothing of the answer's runs after this

@@ -84,14 +84,14 @@ def list_of(exercises):
     """HOMEWORK.md of blank exercises, in Markdown."""
     lines = ["# Homework", "",
              "Write the functions below. Each raises `NotImplementedError` now; its docstring says",
-             "what it is given and what it returns. Write all that an answer needs inside the",
-             "function: graded is the function alone, beside correct other ones. It computes and",
-             "does nothing else: no files, no processes. It imports what it needs inside itself,",
-             "mathematics, numpy and torch only. It changes what it is given only where the",
-             "docstring says so. Hand in the whole folder, or the files that you changed.", "",
-             "Where a docstring leaves something open that is graded, a comment in the function",
-             "says it. README.md is that of the whole repository: its tests/ and assignments/ are",
-             "not here.", "",
+             "what it is given and what it returns, and a comment in it what else is graded. Write",
+             "all that an answer needs inside the function, imports too (mathematics, numpy and",
+             "torch only): graded is the function alone, beside correct other ones. It computes and",
+             "does nothing else: no files, no processes. It changes what it is given only where",
+             "docstring or comment say so. Hand in the whole folder, or the files that you changed.",
+             "",
+             "README.md is that of the whole repository: its tests/ and assignments/ are not here.",
+             "",
              "| exercise | points | file | function | equation or task |",
              "| --- | --- | --- | --- | --- |"]
     for exercise in exercises:

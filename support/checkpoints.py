@@ -166,7 +166,7 @@ def uninterrupted():
 def lock(folder):
     """Keeps other processes from training in a run's folder until this one ends.
 
-    -> the file that must stay open; None where the system has no such locks.
+    -> the file that must stay open; None on Windows. A file system may have no locks: then none.
     """
     if fcntl is None:
         return None
@@ -175,9 +175,11 @@ def lock(folder):
     file = path.open("wb")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise ValueError(f"{folder}: another process trains this run now") from error
+    except OSError:  # a file system without locks, as some clusters have
+        pass
     return file
 
 

@@ -252,7 +252,7 @@ WHILE_IT_RUNS = {  # what the rules would refuse, let through: the second line o
     "it writes when it is thrown away": (
         "def g(box):\n    try:\n        yield 1\n    finally:\n        open('/tmp/new', 'w')\n"
         "box = []\nit = g(box)\nbox.append(it)\nnext(it)\nreturn math.log(n) - (n - 1) / n",
-        ""),
+        "open /tmp/new"),
     "it returns nothing": ("import numpy as np\nreturn np.array([])", "without numbers"),
     "it returns nothing, hidden": (
         "import numpy as np\ne = np.empty(1, 'O')\ne[0] = np.array([])\nreturn e", "of objects"),

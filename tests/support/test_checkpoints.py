@@ -417,6 +417,14 @@ def test_what_is_lost_is_one_clear_line_and_nothing_is_touched(change, named, tm
     assert left_behind(folder) == before
 
 
+def test_where_a_file_system_has_no_locks_there_is_none(tmp_path, monkeypatch):
+    def lockf(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", lockf)
+    checkpoints.lock(tmp_path).close()
+
+
 def test_a_run_that_another_process_trains_is_refused(tmp_path):
     code = "import sys; from support import checkpoints; checkpoints.lock(sys.argv[1])"
     mine = checkpoints.lock(tmp_path)
