@@ -4,25 +4,12 @@ All of it works on text by line numbers from Python's own parser, so that commen
 everything else stay as they are.
 """
 import ast
-import os
 import re
 import textwrap
-from threading import Lock
-
-READING = Lock()
-if hasattr(os, "register_at_fork"):  # a process that is copied meanwhile must find it free
-    os.register_at_fork(before=READING.acquire, after_in_parent=READING.release,
-                        after_in_child=READING.release)
-
-
-def parse(text):
-    """ast.parse for more than one thread: Python 3.11's fails when two are in it at once."""
-    with READING:
-        return ast.parse(text)
 
 
 def find(tree, name):
-    """The node of a function, "accumulate" or "Value.fit", in a module's tree; or None."""
+    """The node of a function, "step_pairs" or "Value.fit", in a module's tree; or None."""
     for word in name.split("."):
         named = [node for node in tree.body if getattr(node, "name", None) == word]
         tree = named[-1] if named else None  # the last of two is the one that Python uses
@@ -31,41 +18,32 @@ def find(tree, name):
     return tree
 
 
-def head_of(node):
-    """How many of a function's first statements are its docstring and asserts of shapes."""
-    count = 1 if ast.get_docstring(node, clean=False) is not None else 0
-    while count < len(node.body) and isinstance(node.body[count], ast.Assert):
-        count += 1
-    return count
-
-
 def answer_of(node):
     """The statements that a student has to write: what follows docstring and asserts."""
-    return node.body[head_of(node):]
+    head = 1 if ast.get_docstring(node, clean=False) is not None else 0
+    while head < len(node.body) and isinstance(node.body[head], ast.Assert):
+        head += 1
+    return node.body[head:]
 
 
 def blank(source, exercises):
     """Source in which the answers of these exercises are one line each, that raises."""
-    lines, tree = source.split("\n"), parse(source)
+    lines, tree = source.split("\n"), ast.parse(source)
     nodes = [(find(tree, exercise.name), exercise) for exercise in exercises]
     for node, exercise in sorted(nodes, key=lambda pair: -pair[0].lineno):  # from the end
         answer = answer_of(node)
         first, last = answer[0].lineno, node.end_lineno
         while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
             first -= 1
-        count = len(code_lines(lines[first - 1:last]))
-        task = (f"Exercise {exercise.number}: {exercise.title}, "
-                f"about {count} line{'s' * (count > 1)}")
+        code = [line for line in lines[first - 1:last] if re.match(r"\s*[^\s#]", line)]
+        task = f"Exercise {exercise.number}: {exercise.title}, about {len(code)} lines"
+        task = task.replace("about 1 lines", "about 1 line")
         indent = " " * answer[0].col_offset
         demands = textwrap.wrap(exercise.demand, 98, initial_indent=f"{indent}# ",
                                 subsequent_indent=f"{indent}# ")
         raised = f'raise NotImplementedError("{task}")'
         lines[first - 1:last] = [*demands, indent + raised]
     return "\n".join(lines)
-
-
-def code_lines(lines):
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def function_text(source, name):
@@ -75,7 +53,7 @@ def function_text(source, name):
     the first line that is not indented further than its `def`.
     """
     try:
-        node = find(parse(source), name)
+        node = find(ast.parse(source), name)
         if node is None:
             return None
         lines = source.split("\n")[node.lineno - 1:node.end_lineno]
@@ -107,10 +85,19 @@ def lines_by_indentation(lines, name):
     return lines[start:end]
 
 
+def replaced(source, name, text):
+    """Source with another text of this function in its place."""
+    node = find(ast.parse(source), name)
+    lines = source.split("\n")
+    new = textwrap.indent(text, " " * node.col_offset)
+    lines[node.lineno - 1:node.end_lineno] = new.splitlines()
+    return "\n".join(lines)
+
+
 def is_blank(text):
     """Whether a function's text still has nothing but the line that make.py left."""
     try:
-        answer = answer_of(parse(text).body[0])
+        answer = answer_of(ast.parse(text).body[0])
     except SyntaxError:
         return False
     return (len(answer) == 1 and isinstance(answer[0], ast.Raise)
