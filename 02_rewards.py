@@ -4,9 +4,7 @@ WHAT YOU LEARN. To the algorithms of chapters 3 and 4 a reward is a black box: a
 pictures and their prompts to numbers. It need not be differentiable (a file size is not), nor
 fair, nor sensible; the policy gradient will find out what it *really* pays for.
 
-    reward(images: list[PIL.Image], prompts: list[str]) -> B numbers, higher is better
-
-THE EQUATIONS.
+THE EQUATIONS. reward(images: list[PIL.Image], prompts: list[str]) -> B numbers, higher is better:
 
     compressibility     −(JPEG kilobytes at quality 95)                        DDPO
     incompressibility   +(JPEG kilobytes at quality 95)                        DDPO

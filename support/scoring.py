@@ -119,8 +119,11 @@ def load_module(file, label=None):
     if found is None or found.origin != str(file):
         raise ValueError(f"{label}: rename {file}, for Python finds {found and found.origin} "
                          f"where {file.stem!r} is imported")
-    with own_code(label):
-        return importlib.import_module(file.stem)
+    if file.stem not in sys.modules:
+        module = sys.modules[file.stem] = importlib.util.module_from_spec(found)
+        with own_code(label):
+            found.loader.exec_module(module)
+    return sys.modules[file.stem]
 
 
 @contextmanager

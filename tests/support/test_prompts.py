@@ -19,7 +19,7 @@ def test_the_tasks_are_one_of_each_family_and_never_what_is_unseen():
     papers = families("tasks_sd")
     assert papers["composition"] == (["A cat and a dog"], ["A cat and a cup"])
     for name in ("tasks", "tasks_sd"):
-        assert [trained for trained, _ in families(name).values()] == [[p] for p in get_prompts(name)]
+        assert [p for (p,), _ in families(name).values()] == get_prompts(name)
     seen, unseen = families("count")["count"]
     assert seen == get_prompts("count") and not set(seen) & set(unseen) and unseen
     assert families("four stars") == {"four stars": (["four stars"], [])}
@@ -48,8 +48,9 @@ def test_prompts_are_read_from_text_json_json_lines_and_csv(name, text, tmp_path
 
 @pytest.mark.parametrize("name, text, problem", [
     ("a.txt", " \n\n", "no prompt in it"), ("a.txt", b"\x80\xff", "UTF-8"),
-    ("a.tsv", "prompt\na cat\n", "ends in .txt, .json"), ("a.json", '{"prompt": "a cat"}', "no list"),
-    ("a.json", '"a cat"', "no list"), ("a.json", "[" * 100000, "json"), ("a.json", "[1]", "entry 1"),
+    ("a.tsv", "prompt\na cat\n", "ends in .txt, .json"),
+    ("a.json", '{"prompt": "a cat"}', "no list"), ("a.json", '"a cat"', "no list"),
+    ("a.json", "[" * 100000, "json"), ("a.json", "[1]", "entry 1"),
     ("a.json", '["a cat", {"text": "a dog"}]', "entry 2"), ("a.json", '[" "]', "entry 1"),
     ("a.jsonl", '"a cat"\na dog\n', "jsonl"), ("a.csv", "a cat\na dog\n", "entry 1"),
     ("a.csv", "id,prompt\n1\n", "entry 1"), ("a.csv", 'prompt\n"a cat\n', "csv"),
@@ -60,8 +61,8 @@ def test_files_without_prompts_are_refused(name, text, problem, tmp_path):
         get_prompts(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["none", "none.txt", "my file.JSON", "my file.csv ", "./a b", "../a b",
-                                  "/data/my prompts", "~/a b", "a folder"])
+@pytest.mark.parametrize("name", ["none", "none.txt", "my file.JSON", "my file.csv ", "./a b",
+                                  "../a b", "/data/my prompts", "~/a b", "a folder"])
 def test_what_looks_like_a_file_and_is_none_is_no_prompt(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a folder").mkdir()

@@ -76,9 +76,22 @@ def test_a_name_that_python_knows_otherwise_is_refused(name, tmp_path):
         get(f"{file}:f")
 
 
-CHANGES = ("import os, torch\ndef change():\n    torch.set_grad_enabled(not torch.is_grad_enabled())"
-           "\n    torch.set_default_dtype(torch.float16)\n    torch.set_default_device('meta')\n"
-           "    os.chdir('/')\n")
+CHANGES = """
+import os, torch
+def change():
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    os.chdir("/")
+change()
+def f(images, prompts):
+    change()
+    images.clear()
+    yield from (1.0, 2.0)
+def bad(images, prompts):
+    change()
+    1 / 0
+"""
 
 
 def test_what_a_file_changes_in_the_process_is_set_back_after_import_and_each_call(file):
@@ -87,8 +100,7 @@ def test_what_a_file_changes_in_the_process_is_set_back_after_import_and_each_ca
                 os.getcwd())
 
     before = state()
-    file.write_text(CHANGES + "change()\ndef f(images, prompts):\n    change()\n    images.clear()\n"
-                    "    yield from (1.0, 2.0)\ndef bad(images, prompts):\n    change()\n    1 / 0\n")
+    file.write_text(CHANGES)
     images = list(PICTURES)
     assert score(get(f"{file}:f"), images, ["a", "b"]).tolist() == [1, 2]
     with pytest.raises(ValueError):
