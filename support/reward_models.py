@@ -4,6 +4,7 @@ Nothing here is a lesson. Each class takes the sizes of its layers from the weig
 published model and its tiny twin are the same code. Whatever is missing, left over or misshapen in
 a file becomes one ValueError: the flag, the file, the key, and where the right file comes from.
 """
+import json
 import re
 from pathlib import Path
 
@@ -301,3 +302,25 @@ class Llava:
 
 def load_vlm(name, device, at_once=32):
     return Judge() if name == "judge" else Llava(name, device, at_once)
+
+
+def load_questions(file):
+    """prompt -> [[question, right answer], ...], from a JSON file, else the shape world's."""
+    if file is None:
+        return judge.questions
+    flag = f"--vlm-questions {file}"
+    try:
+        known = json.loads((find(file) or Path(file)).read_text(encoding="utf-8"))
+        for pairs in known.values():
+            for pair in pairs:
+                question, answer = map(str.strip, pair)  # TypeError of what is no text
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{flag}: it must read {{prompt: [[question, answer], ...]}}, but {error}"
+                         ) from error
+
+    def questions(prompt):
+        if not known.get(prompt):
+            raise ValueError(f"{flag}: nothing for the prompt {prompt!r}")
+        return known[prompt]
+
+    return questions
