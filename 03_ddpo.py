@@ -171,11 +171,11 @@ def ddpo_sf_objective(log_prob, advantage):
     return log_prob * advantage
 
 
-def check(config):
+def check(config, baseline):
     """ValueError for flags that contradict each other, before any work is done."""
     runs.check_folder(config)
     pictures = config.prompts_per_round * config.samples_per_prompt
-    if config.baseline == "leave_one_out" and config.samples_per_prompt < 2:
+    if baseline == "leave_one_out" and config.samples_per_prompt < 2:
         raise ValueError("--samples-per-prompt must be at least 2: the others are the baseline")
     if config.updates_per_round > pictures:
         raise ValueError(f"--updates-per-round: at most {pictures}, the pictures of a round")
@@ -191,7 +191,7 @@ def evaluate(pipe, prompts, reward, config):
 
 def reinforce(config):
     """draw → score → advantage → one step along Σ_t ∇log p · A.  -> the run, its summary"""
-    check(config)
+    check(config, config.baseline)
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
@@ -253,7 +253,7 @@ def ratio_root(pipe, config):
 
 def train(config):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
-    check(config)
+    check(config, config.baseline)
     T, clip_range = config.num_steps, config.clip_range
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)

@@ -242,7 +242,7 @@ def evaluate(pipe, prompts, reward, gold, reference, config):
 
 def train(config):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
-    ddpo.check(config)
+    ddpo.check(config, "leave_one_out")
     T, clip_range = config.num_steps, config.clip_range
     alpha, beta = config.alpha, config.beta
     all_prompts = get_prompts(config.prompts)

@@ -75,33 +75,29 @@ def ranking(path, images, prompts, scores, show):
           captions=[[prompts[i] for i in row] for row in order.values()])
 
 
-def before_after(path, prompts, rewards, images):
-    """The same seeds before and after. rewards: two tensors (B,); images: two lists of B pictures.
+def before_after(path, before, after):
+    """The same noise before and after: two dicts with "prompts", "images" and "reward" (B,).
 
     Evenly spaced in the ranking *before*, so that bad and good pictures get their fair share.
     """
-    before, after = rewards
-    places = torch.linspace(0, len(prompts) - 1, min(10, len(prompts))).round().long()
-    shown = before.argsort(stable=True)[places].tolist()
-    sheet(path, [[side[i] for i in shown] for side in images], ["before", "after"],
-          [f"{prompts[i]}\n{before[i]:.2f} → {after[i]:.2f}" for i in shown])
+    B = len(before["prompts"])
+    places = torch.linspace(0, B - 1, min(10, B)).round().long()
+    shown = before["reward"].argsort(stable=True)[places].tolist()
+    names = [f"{before['prompts'][i]}\n{before['reward'][i]:.2f} → {after['reward'][i]:.2f}"
+             for i in shown]
+    rows = [[side["images"][i] for i in shown] for side in (before, after)]
+    sheet(path, rows, ["before", "after"], names)
 
 
-def curves(path, rows, ends, names):
-    """Columns of metrics.csv against reward queries, ± s.e. where there is one.
-
-    ends: column -> its values (B,) on fresh seeds, before and after; names: column -> its title.
-    """
-    x = [row["queries"] for row in rows]
-    figure = Figure(figsize=(3 * len(names) + 1, 3.2), dpi=120, layout="constrained")
-    for ax, (key, name) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
-        errors = [row[key + "_se"] for row in rows] if key + "_se" in rows[0] else None
-        ax.errorbar(x, [row[key] for row in rows], errors, fmt=".-", lw=1, elinewidth=0.5,
-                    label="training rounds")
-        stats = [(v.mean(), v.std() / len(v) ** 0.5) for v in ends[key]]
-        ax.errorbar([0, x[-1]], *zip(*stats), fmt="s", capsize=4, color="black",
-                    label="fresh seeds")
-        ax.set(xlabel="reward queries", title=name)
+def curves(path, rows, fresh, titles):
+    """Columns of metrics.csv and of fresh.csv against reward queries, ± s.e. where there is one."""
+    figure = Figure(figsize=(3 * len(titles) + 1, 3.2), dpi=120, layout="constrained")
+    for ax, (name, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items()):
+        for lines, label, style in ((rows, "training rounds", dict(fmt=".-", lw=1, elinewidth=0.5)),
+                                    (fresh, "fresh noise", dict(fmt="ks", ms=4, capsize=4))):
+            x, y, error = ([line[key] for line in lines] for key in ("queries", name, name + "_se"))
+            ax.errorbar(x, y, error, label=label, **style)
+        ax.set(xlabel="reward queries", title=title)
         ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     figure.savefig(path)

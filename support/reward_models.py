@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from support import hub
+from support import models
 from tiny_sd import judge
 
 HERE = Path(__file__).resolve().parents[1]  # the scripts' folder
@@ -39,15 +39,12 @@ def read_weights(name, flag, source):
     try:
         if path is None:
             owner, repo, *file = str(name).split("/")
-            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **hub.only_here()))
+            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **models.hub_options()))
         safe = path.suffix == ".safetensors"
         weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         return {str(key): v.float() if v.is_floating_point() else v for key, v in weights.items()}
     except Exception as error:  # a bad name, no network, no such format: one to the reader
-        problem, reason = "cannot read it", f"{type(error).__name__}: {error}".split("\n")[0][:160]
-        if path is None:
-            problem, reason = "no such file", hub.why(error)
-        raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
+        raise models.load_error(flag, name, path, source, error) from error
 
 
 def load_exactly(model, weights, where):
@@ -77,13 +74,10 @@ def from_hub(kind, name, flag, source, **options):
     show_progress()
     try:
         if find(name) is None:
-            options |= hub.only_here()
+            options |= models.hub_options()
         return kind.from_pretrained(find(name) or name, **options)
     except Exception as error:  # the loaders raise nearly every type there is
-        problem, reason = "cannot be used", str(error).strip().split("\n")[0][:160]
-        if find(name) is None:
-            problem, reason = "no such folder, and the hub does not help", hub.why(error)
-        raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
+        raise models.load_error(flag, name, find(name), source, error) from error
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
