@@ -62,27 +62,21 @@ def function_text(source, name):
         if lines is None:
             return None
     indent = len(lines[0]) - len(lines[0].lstrip())  # a comment may stand further out
-    return "\n".join(line[min(indent, len(line) - len(line.lstrip())):] for line in lines) + "\n"
+    return "\n".join(line[min(indent, len(line) - len(line.lstrip())):]
+                     for line in lines).rstrip() + "\n"
 
 
 def lines_by_indentation(lines, name):
-    start, indent = 0, -1
-    for word in name.split("."):  # a method's `def` stands further in than its class
-        pattern = re.compile(rf"([ \t]*)(def|class) {word}\b")
-        for start in range(start, len(lines)):
-            match = pattern.match(lines[start])
-            if match and len(match[1]) > indent:
-                indent = len(match[1])
-                break
-        else:
-            return None
-    end = start + 1
-    while end < len(lines) and (not lines[end].strip() or lines[end].lstrip().startswith(")")
-                                or len(lines[end]) - len(lines[end].lstrip()) > indent):
+    head = re.compile(rf"([ \t]*)def {name.rpartition('.')[2]}\b")
+    starts = [n for n, line in enumerate(lines) if head.match(line)]
+    if not starts:
+        return None
+    indent = len(head.match(lines[starts[-1]])[1])
+    inside = re.compile(rf"[ \t]{{{indent + 1}}}|\s*([)#].*)?$")  # or blank, or a comment
+    end = starts[-1] + 1
+    while end < len(lines) and inside.match(lines[end]):
         end += 1
-    while not lines[end - 1].strip():
-        end -= 1
-    return lines[start:end]
+    return lines[starts[-1]:end]
 
 
 def replaced(source, name, text):

@@ -13,6 +13,7 @@ RUN `python assignments/mutants.py` (minutes): plants each, and prints those tha
 Words behind it, such as `03_ddpo.step_pairs`, choose functions.
 """
 import ast
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -28,22 +29,20 @@ RULES = r"""
 01_mdp.forward_process
     _a.sqrt() * x_0 => _a * x_0  # the signal is scaled by √ᾱ_t, not by ᾱ_t
     (1 - _a).sqrt() => 1 - _a  # 1 − ᾱ_t is the noise's variance; it is scaled by the root
-    scheduler.alphas_cumprod => scheduler.alphas  # ᾱ_t is the product of all α up to t, not one α_t
+    scheduler.alphas_cumprod => scheduler.alphas  # ᾱ_t is the product of all α up to t
     => t = t - 1  # ᾱ is looked up one timestep too early
     => t = t[:1].expand(len(t))  # each picture has a t of its own
     => x_0, eps = eps, x_0  # x_0 and ε are swapped
-    _a + _b => _a - _b  # the noise is added
 01_mdp.denoising_loss
     _a.mean((1, 2, 3)) => _a.sum((1, 2, 3))  # ‖ε − ε_θ‖² is divided by D: a mean, not a sum
-    weight * _a => weight / weight.sum() * _a  # the weights are used as they are, not made to sum to 1
+    weight * _a => weight / weight.sum() * _a  # the weights are not made to sum to 1
     return _a.mean() => return _a.sum()  # E is a mean over pictures, not a sum
-    _a.square() => _a.abs()  # the error is squared; this is its absolute value
+    _a.square() => _a.abs()  # the error is squared
     assert weight.shape == _a => pass  # a weight of another shape than (B,) must be refused
     => eps_pred = eps_pred.detach()  # the value is right, but its gradient is lost
-    return _a => return _a.sqrt()  # the mean square is asked for, not its root
 01_mdp.predict_noise
     eps_empty + _a => eps_prompt + _a  # guidance starts from the empty prompt; this is s + 1
-    eps_prompt - eps_empty => eps_empty - eps_prompt  # guidance goes towards the prompt, not away
+    eps_prompt - eps_empty => eps_empty - eps_prompt  # guidance goes towards the prompt
     torch.cat([_a, _b]) => torch.cat([_b, _a])  # the halves of the batch are swapped
     _a.chunk(2) => (_a[::2], _a[1::2])  # a half is the first or the second, not every other row
     => guidance_scale = 1.0  # the guidance scale is not used
@@ -52,12 +51,11 @@ RULES = r"""
     _a.to(x_t) => _a  # what comes back is in x_t's dtype
 01_mdp.ddim_coefficients
     _a.clamp(min=0) => _a  # past the end it is ᾱ_0; an index below 0 counts from the other end
-    _a // scheduler.num_inference_steps => _a // scheduler.num_inference_steps - 1  # t − 1 is off by one
+    _a // scheduler.num_inference_steps => _a // scheduler.num_inference_steps - 1  # t − 1 is off
     (1 - _a) / (1 - _b) => (1 - _b) / (1 - _a)  # (1−ᾱ_{t−1})/(1−ᾱ_t) is upside down
     1 - alpha_t / alpha_prev => 1 - alpha_prev / alpha_t  # ᾱ_t/ᾱ_{t−1} is upside down
     _a.sqrt() => _a  # σ_t is a product of two roots; they are missing
     return _a, _b, _c => return _a, _b, _c ** 2  # this is σ², and σ is asked for
-    return _a, _b, _c => return _b, _a, _c  # ᾱ_t comes first, then ᾱ_{t−1}
     _a.double() => _a  # float32 costs σ_t two digits
 01_mdp.x0_and_noise
     signal * noise_pred + _a => signal * noise_pred - _a  # of v, ε is √ᾱ·v + √(1−ᾱ)·x_t
@@ -65,54 +63,49 @@ RULES = r"""
     (x_t - noise * _a) / signal => x_t - noise * _a  # x̂_0 is divided by √ᾱ_t
     (x_t - signal * _a) / noise => x_t - signal * _a  # ε is divided by √(1−ᾱ_t)
     alpha_t.sqrt() => alpha_t  # the signal is scaled by √ᾱ_t, not by ᾱ_t
-    (1 - alpha_t).sqrt() => 1 - alpha_t  # the noise is scaled by the root of 1 − ᾱ_t
     return _a, _b => return _b, _a  # x̂_0 comes first, then ε
 01_mdp.step_mean_std
-    alpha_prev.sqrt() => alpha_t.sqrt()  # the mean lies at time t − 1: x̂_0 is scaled by √ᾱ_{t−1}
+    alpha_prev.sqrt() => alpha_t.sqrt()  # the mean lies at t − 1: x̂_0 is scaled by √ᾱ_{t−1}
     _a.sqrt() * x_0 => _a * x_0  # x̂_0 is scaled by the root of ᾱ_{t−1}
     return _a, _b => return _a, _b ** 2  # this is the variance, and σ is asked for
     _a * eps => _a * noise_pred  # where the model predicts v or x_0, the direction is still ε
     toward_x_t(_a, _b) => toward_x_t(_a, _b) ** 2  # ε is scaled by the root
-    _a + _b => _a - _b  # both parts are added
 01_mdp.step_mean_std 01_mdp.noise_weight
-    toward_x_t(_a, _b) => toward_x_t(_a, 0 * _b)  # the new noise takes σ_t² of the variance 1 − ᾱ_{t−1}
+    toward_x_t(_a, _b) => toward_x_t(_a, 0 * _b)  # the new noise takes σ_t² off 1 − ᾱ_{t−1}
 01_mdp.step_mean_std 01_mdp.noise_weight 01_mdp.ddim_coefficients
     => eta = 1.0  # η is not used
 01_mdp.noise_weight
     _a.abs() => _a  # κ is an absolute value; the derivative is negative
     return _a / sigma_t => return _a / sigma_t ** 2  # κ is divided by σ, not by σ²
-    return _a / sigma_t => return _a  # κ is divided by σ
     stays - _a => -_a  # the part of ε that stays in the mean is missing
-    alpha_prev.sqrt() => alpha_t.sqrt()  # x̂_0 is scaled by √ᾱ_{t−1}
     signal_prev - _a => signal_prev + _a  # where x_0 is predicted, ε falls as it rises
-    _a - signal_prev * _b => _a + signal_prev * _b  # where ε or v is predicted, x̂_0 falls as it rises
+    _a - signal_prev * _b => _a + signal_prev * _b  # where ε or v is, x̂_0 falls as it rises
 01_mdp.log_prob
     -0.5 * _a => -_a  # the ½ of the exponent is missing
     -0.5 * _a => 0.5 * _a  # the exponent has the wrong sign
     math.log(2 * math.pi) => 0  # the constant (D/2)·log 2π is missing
     std.log() => 0  # each of the D numbers has its own log σ
     std.log() => -std.log()  # log σ has the wrong sign
-    => std = std.sqrt()  # this takes σ for the variance
     => mean = mean.detach()  # the value is right, but the mean's gradient is lost
 01_mdp.kl_divergence
     0.5 * _a => _a  # the ½ is missing
-    (_a / std).square() => _a.square() / std  # the distance is divided by σ and then squared
+    (_a / std).square() => _a.square() / std  # the distance is divided by σ before it is squared
     => mean_q = mean_q.detach()  # the second mean has lost its gradient
-    => mean_p = mean_p.detach()  # the first mean has lost its gradient
 01_mdp.log_prob 01_mdp.kl_divergence
     _a.sum((1, 2, 3)) => _a.mean((1, 2, 3))  # this is a mean over dimensions; sum them
     _a.square() => _a.abs()  # the distance is squared
 01_mdp.rollout
     _a + std * _b => _a + std ** 2 * _b  # noise is scaled by σ, not by σ²
     log_prob(_a, mean, std) => log_prob(mean, mean, std)  # what was drawn is scored, not its mean
-    trajectory.latents[rows, k + 1] = _a => trajectory.latents[rows, k + 1] = mean  # the action is stored, not its mean
-    trajectory.latents[rows, k + 1] = _a => trajectory.latents[rows, k + 1] = _a.bfloat16().float()  # what is stored was rounded after it was scored, so a replay gives another ratio than 1
-    trajectory.means[rows, k] = _a => trajectory.means[rows, k] = x_prev  # the means are stored, not the samples
+    x_prev = _a => x_prev = mean  # no noise is added
+    trajectory.latents[rows, k + 1] = _a => trajectory.latents[rows, k + 1] = _a.bfloat16()
+        # what is stored was rounded after it was scored: replayed, its ratio is not 1
+    trajectory.means[rows, k] = _a => trajectory.means[rows, k] = x_prev  # means are no samples
     z[:, k + 1] => z[:, 1]  # every step needs noise of its own
     z[:, 0] => z[:, 1]  # the chain begins with its first noise, x_T
-    policy_at(pipe, trajectory, rows, k, _a) => policy_at(pipe, trajectory, rows, T - 1 - k, _a)  # time runs the wrong way
-    training.gaussians(rows, ...) => training.gaussians(0 * rows, ...)  # every picture has noise of its own
-    models.decode(pipe, _a) => models.decode(pipe, mean)  # the picture is x_0, the chain's last entry
+    policy_at(_a, _b, _c, k, _d) => policy_at(_a, _b, _c, T - 1 - k, _d)  # time runs the wrong way
+    training.gaussians(rows, ...) => training.gaussians(0 * rows, ...)  # each picture has its noise
+    models.decode(pipe, _a) => models.decode(pipe, mean)  # the picture is x_0, the last entry
     config.batch_size => 10**9  # the batch size is ignored
     => policy = globals()["policy"]  # the policy that is passed is not used
 02_rewards.jpeg_kilobytes
@@ -121,38 +114,31 @@ RULES = r"""
     => image = image.convert("L")  # the picture has lost its colors
     _a.convert("RGB") => _a  # JPEG has no transparency: convert to RGB first
 02_rewards.bertscore_recall
-    => reference, candidate, counts = candidate, reference, None  # this is precision: recall asks for each word of the reference
+    => reference, candidate, counts = candidate, reference, None  # this is precision, not recall
     _a / w.sum() => _a / len(w)  # divide by the sum of the weights, not by how many there are
     => counts = None  # the weights are not used
     reference / _a => reference  # cosines need vectors of length 1; the reference's are not
-    candidate / _a => candidate  # cosines need vectors of length 1; the candidate's are not
     candidate.norm(...) => candidate.norm()  # each vector is divided by its own length
     _a.max(1).values => _a.mean(1)  # the nearest word counts, not the mean of all
 02_rewards.ranks
     return _a => return _a - 1  # ranks begin with 1
     => x = -x  # 1 is the rank of the smallest
-    ... => return (x.argsort() + 1).double()  # argsort gives each place's value, not each value's place
-    ... => return (x.argsort().argsort() + 1).double()  # equal values share a rank; argsort orders them
-    ... => return torch.stack([(x < v).sum() + 1 for v in x]).double()  # the mean of their places is shared, not the first
-    ... => return torch.stack([(x <= v).sum() for v in x]).double()  # the mean of their places is shared, not the last
-    return _a => return _a.round()  # a shared rank can be a half
-02_rewards.spearman
-    ranks(_a) => _a.double()  # this is the correlation of the values, not of their ranks
-    if len(a) < 2: ... => pass  # of one pair there is none: NaN
-    => a = -a  # the sign is wrong
-    torch.corrcoef(_a) => torch.cov(_a)  # a correlation is divided by both spreads
+    ... => return (x.argsort() + 1.0)  # this is each place's value, not each value's place
+    ... => return (x.argsort().argsort() + 1).double()  # equal values share a rank
+    ... => return (x[:, None] > x).sum(1) + 1.0  # equal values share a mean place, not the first
+    ... => return (x[:, None] >= x).sum(1).double()  # equal values share a mean place, not the last
 experiments.make_rewards.bradley_terry_loss
     => better, worse = worse, better  # the better one should win
     return _a => return -_a  # a loss is minus the log of the probability
     _a.mean() => _a.sum()  # a mean over pairs is asked for
-    ... => return -(better - worse).sigmoid().log().mean()  # where the difference is large, this overflows
-    => worse = worse.detach()  # the loss has a gradient in both scores
+    ... => return -(better - worse).sigmoid().log().mean()  # a large difference overflows
 03_ddpo.mean_of_others
-    ... => return torch.stack([values[[p == q for q in prompts]].mean(0) for p in prompts])  # the baseline holds the picture's own value: leave it out
-    _a.mean(0) => _a.sum(0) / len(prompts)  # divide by how many others there are, not by all
+    ... => return torch.stack([values[[p == q for q in prompts]].mean(0) for p in prompts])
+        # the baseline holds the picture's own value: leave it out
+    _a.mean(0) => _a.sum(0) / len(prompts)  # divide by how many others there are
     _a.mean(0) => _a.mean()  # every step has a mean of its own
     _a.mean(0) => _a.median(0).values  # the mean is asked for, not the median
-03_ddpo.mean_of_others 03_ddpo.leave_one_out_advantage 04_dpok.value_advantage experiments.sft.rwr_weights experiments.sft.sparse_weights
+03_ddpo.mean_of_others 03_ddpo.leave_one_out_advantage 04_dpok.value_advantage
     => prompts = [""] * len(prompts)  # only pictures of the same prompt count
 03_ddpo.leave_one_out_advantage
     mean_of_others(_a, prompts) => _a.mean()  # the baseline leaves the picture itself out
@@ -166,7 +152,6 @@ experiments.make_rewards.bradley_terry_loss
     _a >= min_count => _a > min_count  # min_count rewards are enough
     _a >= min_count => True  # with fewer than min_count rewards, those of the round count
     => history = dict(history)  # the history is not changed in place, so it is forgotten
-    history.get(prompt, []) => []  # the rewards of before are forgotten
     known.mean() => r.mean()  # the mean is the prompt's own, over its history
 03_ddpo.running_advantage 03_ddpo.leave_one_out_advantage
     spread(_a) => _a.std()  # the spread divides by how many there are, not by one less
@@ -175,11 +160,12 @@ experiments.make_rewards.bradley_terry_loss
 03_ddpo.step_weights
     return _a => return _a / len(_a)  # the weights have mean 1, not sum 1
     1 / _a => _a  # σ/κ is asked for; this is κ/σ
-    config.eta => 1.0  # --eta is not used
     _a / _a.mean() => _a  # the weights are not divided by their mean
-    config.step_weight == "none" => config.step_weight != "none"  # `none` and `sigma` are swapped
+    config.step_weight == _a => config.step_weight != _a  # `none` and `sigma` are swapped
     models.set_timesteps(...) => pass  # the scheduler is not set to the config's number of steps
     _a.float() => _a  # the weights are asked for in float32
+03_ddpo.step_weights 04_dpok.path_kl
+    config.eta => 1.0  # --eta is not used
 03_ddpo.step_pairs
     max(1, _a) => _a  # at least one step of each picture is kept
     => n = 0  # each round draws steps of its own
@@ -187,7 +173,6 @@ experiments.make_rewards.bradley_terry_loss
     => pictures = pictures[:1].expand(len(pictures))  # all pairs are of the first picture
     return _a, _b => return _a, _b.flip(0)  # pictures and steps no longer belong together
     return _a, _b => return _b, _a  # pictures come first, then steps
-    return _a, _b => return _a, _b.sort().values  # each picture draws steps of its own
 03_ddpo.step_pairs experiments.sft.sparse_weights
     round(_a) => int(_a)  # the number is rounded, not cut off
 03_ddpo.ddpo_sf_objective
@@ -198,75 +183,66 @@ experiments.make_rewards.bradley_terry_loss
 03_ddpo.ddpo_is_objective 03_ddpo.ddpo_sf_objective
     return _a => return -_a  # the objective is to be raised; the loss has the minus
 03_ddpo.ddpo_is_objective 04_dpok.dpok_objective
-    (log_prob - old_log_prob).exp() => log_prob / old_log_prob  # a ratio is exp of a difference of logs; a quotient of logs is 1 at θ_old too, but its gradient points elsewhere
+    (log_prob - old_log_prob).exp() => log_prob / old_log_prob
+        # a ratio of probabilities is exp of a difference of logs; a quotient of logs is 1, too
     => log_prob, old_log_prob = old_log_prob, log_prob  # the ratio is upside down
-    torch.minimum(_a, _b) => _b  # without min there is no gradient where it would lead back into the band
+    torch.minimum(_a, _b) => _b  # without min nothing leads back into the band
     torch.minimum(_a, _b) => torch.maximum(_a, _b)  # PPO takes the smaller of the two
     torch.minimum(_a, _b) => _a  # nothing is clipped
-    torch.minimum(_a * advantage, _b * advantage) => torch.minimum(_a, _b) * advantage  # min is of the two terms, not of the two ratios
-    _a.clamp(1 - clip_range, 1 + clip_range) => _a.clamp(max=1 + clip_range)  # the band has a lower side, too
-    _a.clamp(1 - clip_range, 1 + clip_range) => _a.clamp(min=1 - clip_range)  # the band has an upper side, too
-    _a.clamp(1 - clip_range, 1 + clip_range) => _a.clamp(-clip_range, clip_range)  # the band is around 1, not around 0
+    torch.minimum(_a * advantage, _b * advantage) => torch.minimum(_a, _b) * advantage
+        # min is of the two terms, not of the two ratios
+    _a.clamp(1 - clip_range, 1 + clip_range) => _a.clamp(max=1 + clip_range)  # it has a lower side
+    _a.clamp(1 - clip_range, 1 + clip_range) => _a.clamp(min=1 - clip_range)  # it has an upper side
     1 - clip_range => 1 / (1 + clip_range)  # the band is 1 − ε to 1 + ε
 03_ddpo.reinforce 03_ddpo.train 04_dpok.train
     _a * step_weight => _a  # the step weights are not used
     -J.sum() * _a => J.sum() * _a  # the loss is minus the objective
     -J.sum() * _a => -J.mean() * _a  # the gradient depends on how many batches it is worked in
     scale = _a => scale = 1 / len(i)  # the steps of a picture are summed; this is their mean
-    trajectory.latents[i, k + 1] => trajectory.latents[i, k]  # the action is the next latent; this scores the state itself
+    trajectory.latents[i, k + 1] => trajectory.latents[i, k]  # the action is the next latent
     optimizer.step() => pass  # no step is taken
     optimizer.zero_grad() => pass  # gradients of earlier steps stay
-    mdp.rollout(_a, _b, _c, _d, n) => mdp.rollout(_a, _b, _c, _d, 0)  # every round has the same noise
+    mdp.rollout(_a, _b, _c, _d, n) => mdp.rollout(_a, _b, _c, _d, 0)  # each round has its own noise
 03_ddpo.train 04_dpok.train
-    old_log_prob = _a => old_log_prob = log_prob.detach()  # the ratio is to the policy that drew the picture
-    _a.tensor_split(...) => _a.tensor_split(1)  # a round has one update instead of K
+    old_log_prob = _a => old_log_prob = log_prob.detach()  # the ratio is to the policy that drew
+    _a.tensor_split(_b) => _a.tensor_split(1)  # a round has one update instead of K
     training.permutation(B, ...) => torch.arange(B)  # the pictures are not shuffled
-    clip_grad_norm_(params, _a) => clip_grad_norm_(params, 1.0)  # the bound of the norm is --max-grad-norm
+    clip_grad_norm_(params, _a) => clip_grad_norm_(params, 1.0)  # the bound is --max-grad-norm
 03_ddpo.train
-    advantages(r, prompts, baseline, config) => advantages(r, prompts, {}, config)  # the running statistics are forgotten after each round
+    advantages(_a, _b, baseline, _c) => advantages(_a, _b, {}, _c)  # earlier rounds are forgotten
 04_dpok.train
     baseline.fit(...) => pass  # the value function is never fitted
-    baseline.predict(trajectory) => 0 * baseline.predict(trajectory)  # the value function is not used
+    baseline.predict(_a) => 0 * baseline.predict(_a)  # the value function is not used
     with reference(): ... => if True: ...  # the reference's means are those of the tuned model
-    reference_means[i, k] => trajectory.means[i, k]  # the KL is to the reference, not to the policy that drew
+    reference_means[i, k] => trajectory.means[i, k]  # the KL is to the reference
     A[i, k] => A[i, 0 * k]  # each step has an advantage of its own
 04_dpok.dpok_objective
     => beta = -beta  # the KL is a price: it is taken off
     => kl = kl.detach()  # the KL has lost its gradient
     => beta = alpha * beta  # α weighs the reward only
     => alpha = 1.0  # α is not used
-    => beta = 1.0  # β is not used
     => alpha, beta = beta, alpha  # α and β are swapped
 04_dpok.step_means
     return _a => return _a.flip(1)  # each mean belongs to its own step
-    return _a => return trajectory.means  # these are the means of the policy that drew the pictures
-    mdp.policy_at(pipe, trajectory, i, k, _a) => mdp.policy_at(pipe, trajectory, i, 0 * k, _a)  # each step is looked at as if it were the first
-    _a.repeat_interleave(_b) => _a.repeat(_b)  # most (picture, step) pairs are never looked at
+    return _a => return trajectory.means  # these are of the policy that drew, not the present one
+    mdp.policy_at(_a, _b, _c, k, _d) => mdp.policy_at(_a, _b, _c, 0, _d)  # this is the first step
     config.batch_size => 10**9  # the batch size is ignored
 04_dpok.path_kl
     return _a => return _a.flip(1)  # each step has its own KL
     return _a => return _a.cumsum(1)  # each step has its own KL; this adds those before it
-    config.eta => 1.0  # --eta is not used
-    => reference_means = 2 * reference_means - trajectory.means  # the distance is twice as large
     => reference_means = reference_means.roll(1, 1)  # the two means are of different steps
-04_dpok.Value.predict
-    return _a => return _a - self.mean  # the network learned (r − mean)/std: the mean is put back
-    self.std * _a => _a  # the network learned (r − mean)/std: it is multiplied by the std
-    return _a => return _a.flip(1)  # each value belongs to its own step
-    return _a => return _a.flip(0)  # each value belongs to its own picture
+    sigma_t[k] => sigma_t[0]  # each step has its own σ
 04_dpok.Value.fit
-    _a.repeat_interleave(T) => _a.repeat(T)  # rewards stand beside the wrong pictures: all steps of a picture come in a row
-    _a[-self.config.value_rounds:] => _a[:self.config.value_rounds]  # the latest rounds count; this keeps the first ones
-    _a[-self.config.value_rounds:] => _a  # only the latest rounds are kept
-    (_a - self.mean) / self.std => _a / self.std  # predict adds the mean, so the target is without it
-    (_a - self.mean) / self.std => _a - self.mean  # predict multiplies by the std: divide by it
-    _a.clamp(min=1e-6) => _a  # equal rewards divide by 0
-    _a - target[rows] => _a + target[rows]  # the sign of the target is wrong
+    self.rounds[-_a:] => self.rounds[:_a]  # the latest rounds count; this keeps the first ones
+    self.rounds[-_a:] => self.rounds  # only the latest rounds are kept
+    (_a - _b) / self.std => _a - _b  # the squared error is that of (r − mean)/std
+    (V - _a) => (V + _a)  # the sign of the target is wrong
+    max(_a, 1e-6) => _a  # equal rewards divide by 0
     _a.square() => _a.abs()  # the squared error is asked for, not its absolute value
     self.optimizer.step() => pass  # no step is taken
     self.optimizer.zero_grad() => pass  # gradients of earlier steps stay
     for rows in _a: ... => for rows in 2 * list(_a): ...  # one pass is asked for; this makes two
-    for rows in _a.split(_b): ... => for rows in torch.arange(len(t)).split(_b): ...  # an order is drawn, and not used
+    training.permutation(_a, ...) => torch.arange(_a)  # the order is not drawn
     => n = 0  # every round has the same order
     => batch_size = 10**9  # each batch_size rows are a step
     => r = r.mean().expand(len(r))  # each picture has its own reward
@@ -275,9 +251,9 @@ experiments.make_rewards.bradley_terry_loss
     ... => return reward[:, None] - V  # the others' mean of r − V is not taken off
     => V = 0 * V  # V is not used
     ddpo.mean_of_others(_a, prompts) => _a.mean(0)  # the baseline holds the picture's own value
-    ddpo.mean_of_others(_a, prompts) => ddpo.mean_of_others(_a + V, prompts)  # the others' mean is of r − V, not of r
+    ddpo.mean_of_others(_a, _b) => ddpo.mean_of_others(_a + V, _b)  # it is of r − V, not of r
 support.models.make_reference
-    tuned.disable_adapters() => pass  # the adapters stay on, so the reference is the tuned model
+    tuned.disable_adapters() => pass  # the adapters stay on: it is the tuned model
     tuned.enable_adapters() => pass  # the adapters stay off afterwards
     copy.deepcopy(_a) => _a  # the reference is the same network, so it is trained along
     _a.requires_grad_(False) => _a  # the copy has gradients: it must be frozen
@@ -291,60 +267,49 @@ support.models.make_reference
     S - 1 => S  # there are S − 1 degrees of freedom
     _a.ppf(_b) => _a.ppf(0.95)  # an interval of 95 % leaves out 2.5 % on each side
     2 * _a => _a  # p has two sides
-    stats.t(_a) => stats.norm()  # from few seeds the interval is Student's, wider than the normal one
-    _a.std(ddof=1) => _a.std()  # s divides by S − 1
+    stats.t(_a) => stats.norm()  # from few seeds the interval is Student's, wider than the normal
     mean - half => mean + half  # the lower end is below the mean
-    if error > 0: ... => pass  # p is 1 only where all differences are equal
 05_eval.holm
     ... => return np.minimum(1, len(p) * np.asarray(p))  # this is Bonferroni's: all p times m
     np.maximum.accumulate(_a) => _a  # an adjusted p may not be below that of a smaller p
     np.arange(m, 0, -1) => np.arange(1, m + 1)  # the smallest p gets the largest factor
     adjusted[order] = _a => adjusted[:] = _a  # the results are in the order of the input
     _a.clip(...) => _a  # a p is at most 1
-    p.argsort() => np.arange(m)  # the smallest p comes first
-05_eval.verdict
-    p > level => p >= level  # at the level itself it can be told
-    difference > 0 => difference < 0  # it holds where the difference is above 0
-    => level = 0.1  # the level is not used
-    if p > level: ... => pass  # a difference that chance can make tells nothing
 05_eval.diversity
     1 - f @ f.T => f @ f.T  # this is similarity; distance is 1 − cos
     N - 1 => N  # a picture has N − 1 others
     _a.sum(1) => _a.sum()  # each picture has a number of its own
     _a.norm(dim=1, keepdim=True) => _a.norm()  # each vector is divided by its own length
-    f / _a => f  # cosines need vectors of length 1
 05_eval.best_of_n_kl
     return _a => return math.log(n)  # (n − 1)/n is taken off log n
     return _a => return math.log(n) - 1 / n  # (n − 1)/n is taken off, not 1/n
     return _a => return -_a  # a KL is never below 0
     math.log(_a) => math.log2(_a)  # nats are asked for: the natural logarithm
 05_eval.best_of_n
-    r[i] > best_r[i] => best_r[i] == -math.inf or r[i] < best_r[i]  # the worst is kept, not the best
+    r[i] > best_r[i] => best_r[i] == -math.inf or r[i] < best_r[i]  # the worst is kept
     r[i] > best_r[i] => True  # the last is kept, not the best
     r[i] > best_r[i] => r[i] >= best_r[i]  # of equal rewards the earlier picture stays
-    best_r[i] = _a => pass  # the best reward so far is never updated
-    best_of_n_kl(n) => best_of_n_kl(n + 1)  # n is off by one
-    draw(pipe, requests, config, k) => draw(pipe, requests, config, 0)  # every draw has the same noise
+    best_of_n_kl(_a) => best_of_n_kl(_a + 1)  # n is off by one
+    draw(_a, _b, _c, k) => draw(_a, _b, _c, 0)  # every draw has the same noise
     list(best_images) => best_images  # all n share one list, so later draws change it
 experiments.sft.rwr_weights
     => temperature = 1 / temperature  # rewards are divided by the temperature τ
     _a * len(rows) => _a  # the weights of a prompt have mean 1, not sum 1
     _a.softmax(0) => _a.exp()  # the weights are not normalized
-    => temperature = 1.0  # the temperature is not used
 experiments.sft.rwr_weights experiments.sft.sparse_weights
     => reward = -reward  # the worst pictures weigh most
+    => prompts = [""] * len(prompts)  # each prompt's weights are its own
 experiments.sft.sparse_weights
     max(1, _a) => _a  # at least one picture of a prompt is kept
     return _a => return (_a > 0).to(_a)  # those that are kept weigh 1/share
     return _a => return _a / _a.sum()  # the weights have mean 1, not sum 1
-    rows[best] => best  # places within a prompt are not places in the whole list
 experiments.early_stopping.stop_by_rule
     m = 1 => m = 0  # the pretrained model is always there to be kept
     rounds[:m] => rounds[:m + 1]  # the round that crossed the bound counts for nothing
     rounds[:m] => rounds  # what follows m counts for nothing
     max(_a) => min(_a)  # the best labels are kept, not the worst
     "labels_mean" => "gold"  # the rule may not look at the truth
-    _a <= bound => _a < bound  # training stops where the KL is above the bound, not at it
+    _a <= bound => _a < bound  # training stops above the bound, not at it
 """
 
 
@@ -369,10 +334,10 @@ class Mutant:
 def read_rules(rules):
     """One mutant for each rule and each function named above it."""
     mutants = []
-    for line in rules.strip().splitlines():
-        rule, _, words = line.partition("  # ")
+    for line in re.sub(r"\n +#", "  #", rules.strip()).splitlines():  # one line a rule
         if line.startswith(" "):
-            shape, _, instead = rule.replace("\\n", "\n").partition("=>")
+            rule, words = line.split("  # ")
+            shape, instead = rule.replace("\\n", "\n").split("=>")
             mutants += [Mutant(BY_FUNCTION[function], shape.strip(), instead.strip(), words)
                         for function in functions]
         else:
@@ -476,24 +441,21 @@ def is_same(plain, safe):
 MUTANTS = read_rules(RULES)
 
 
-def survivors(functions, config):
-    """(mutant, why) of those wrong answers that no test notices; a crash or a time limit is none."""
+def survivors(functions, known):
+    """(words, why) of those wrong answers that no test notices; a crash or a time limit is none."""
     grade = import_module("grade")  # which imports this file
-    table = grade.known_mistakes(functions, config)
-    found = [row for function in table if function in functions for row in table[function]]
-    return [(words, reason or "passed") for failure, words, reason in found if not failure]
+    table = grade.known_mistakes(functions, grade.Config(".", known=known))
+    return [(words, reason or "passed") for function in functions
+            for failure, words, reason in table[function] if not failure]
 
 
 def main(argv):
-    functions = set(argv) or {mutant.function for mutant in MUTANTS}
-    unknown = functions - {mutant.function for mutant in MUTANTS}
-    if unknown:
-        sys.exit(f"mutants.py: {unknown.pop()}: there is no wrong answer for this function")
-    alive = survivors(functions, import_module("grade").Config("."))
+    functions = argv or list(dict.fromkeys(mutant.function for mutant in MUTANTS))
+    alive = survivors(functions, "runs/known_mistakes.json")
     for words, reason in alive:
         print(f"no test notices: {words}: {reason}")
-    chosen = [mutant for mutant in MUTANTS if mutant.function in functions]
-    print(f"{len(chosen)} wrong answers, {len(alive)} of them unnoticed")
+    count = sum(mutant.function in functions for mutant in MUTANTS)
+    print(f"{count} wrong answers, {len(alive)} of them unnoticed")
     return len(alive)
 
 
