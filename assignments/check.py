@@ -24,37 +24,31 @@ METHODS = set("""__init__ __enter__ __exit__ __call__ __iter__ __next__ __len__ 
 def refusal(text):
     """Why an answer is not run, in words; "" where nothing speaks against it."""
     nodes = list(ast.walk(ast.parse(text)))
-    bound = {node.id for node in nodes
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    bound = {getattr(node, "arg", "") or getattr(node, "name", "") for node in nodes
+             if isinstance(node, (ast.arg, ast.FunctionDef, ast.ClassDef))}
+    bound |= {node.id for node in nodes
+              if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for node in nodes:
-        words = []
-        if isinstance(node, ast.Import):
-            words = [word for alias in node.names for word in alias.name.split(".")]
-        elif isinstance(node, ast.ImportFrom):
-            words = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-        elif isinstance(node, ast.Name):
-            words = [node.id] if node.id not in bound else []
+        words, root = [], node
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            words = [getattr(node, "module", None) or ""] + [alias.name for alias in node.names]
+            words = [word for name in words for word in name.split(".") if word]
+            if words[0] not in MODULES:
+                return f"it imports {words[0]}; an answer needs no more than mathematics"
+        elif isinstance(node, ast.Name) and node.id not in bound:
+            words = [node.id]
         elif isinstance(node, ast.Attribute):
-            words = [node.attr]
+            is_own = not node.attr.startswith("_") or getattr(node.value, "id", "") == "self"
+            words = [node.attr if is_own or node.attr in METHODS else f"__{node.attr}"]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words = [word for word in re.findall(r"\w+", node.value) if INSIDES.fullmatch(word)]
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and words[0] not in MODULES:
-            return f"it imports {words[0]}; an answer needs no more than mathematics"
         for word in words:
-            is_private = isinstance(node, ast.Attribute) and word.startswith("_")
-            if is_private and getattr(node.value, "id", "") == "self":
-                is_private = False
-            if (word in WORDS or (is_private or INSIDES.fullmatch(word)) and word not in METHODS
+            if (word in WORDS or INSIDES.fullmatch(word) and word not in METHODS
                     or isinstance(node, ast.Name) and word in BUILTINS):
                 return f"it uses {word}, which no answer needs"
-        root = node
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             root = root.value
         is_changed = isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
-        if is_changed and isinstance(root, ast.Name) and root.id not in bound:
+        if isinstance(node, ast.Global) or is_changed and getattr(root, "id", "") not in bound:
             return f"it changes {ast.unparse(node)}; an answer changes its own variables only"
-        if isinstance(node, ast.Global):
-            return "it changes what is global; an answer changes its own variables only"
     return ""

@@ -66,18 +66,16 @@ EXERCISES = (
              "Look ᾱ_{t−1} up at the previous timestep, and at 0 where that is past the end.",
              "The time before t is t − num_train_timesteps // num_inference_steps, not the next "
              "entry of scheduler.timesteps."),
-    Exercise("1.5", "01_mdp.x0_and_noise", "what the model believes", 2,
-             "Solve for x̂_0 where ε is predicted, for ε where x̂_0 is; v is √ᾱ_t·ε − √(1−ᾱ_t)·x_0."),
-    Exercise("1.6", "01_mdp.step_mean_std", "the mean of a DDIM step", 2,
+    Exercise("1.5", "01_mdp.step_mean_std", "the mean of a DDIM step", 2,
              "Take x̂_0 and ε from x0_and_noise, and the share of ε from toward_x_t.",
              "Coefficients are worked out in float64, and brought to x_t's dtype by `column`."),
-    Exercise("1.7", "01_mdp.log_prob", "the log-probability of a step", 2,
+    Exercise("1.6", "01_mdp.log_prob", "the log-probability of a step", 2,
              "Sum over all D numbers of a latent; each of them has its own log σ."),
-    Exercise("1.8", "01_mdp.kl_divergence", "KL of two steps", 1,
+    Exercise("1.7", "01_mdp.kl_divergence", "KL of two steps", 1,
              "Both Gaussians have the same σ, so only the distance of their means is left."),
-    Exercise("1.9", "01_mdp.noise_weight", "how strongly a step reacts to ε", 2,
-             "Put x̂_0 of 1.5 into the mean of 1.6, and collect what multiplies the prediction."),
-    Exercise("1.10", "01_mdp.rollout", "the rollout", 4,
+    Exercise("1.8", "01_mdp.noise_weight", "how strongly a step reacts to ε", 2,
+             "Put x̂_0 of 1.5 into the mean of 1.5, and collect what multiplies the prediction."),
+    Exercise("1.9", "01_mdp.rollout", "the rollout", 4,
              "Keep what you scored: latent k + 1 is the action whose log-prob is number k.",
              "training.mine(B) are the pictures to draw, config.batch_size at a time. "
              "training.gaussians(rows, (T + 1, C, H, W), *noise) is their noise: entry 0 is x_T, "
@@ -90,10 +88,7 @@ EXERCISES = (
     Exercise("2.3", "02_rewards.ranks", "ranks with ties", 2,
              "Equal values share the mean of the places that they take.",
              "The result is float64."),
-    Exercise("2.4", "02_rewards.spearman", "rank correlation", 1,
-             "It is the correlation of the ranks.",
-             "NaN for fewer than two pairs."),
-    Exercise("2.5", "experiments.make_rewards.bradley_terry_loss", "the Bradley–Terry loss", 1,
+    Exercise("2.4", "experiments.make_rewards.bradley_terry_loss", "the Bradley–Terry loss", 1,
              "−log σ(better − worse), in a form that does not overflow."),
     Exercise("3.1", "03_ddpo.mean_of_others", "the mean of the others", 2,
              "Others are pictures of the same prompt, and never the picture itself.",
@@ -131,22 +126,20 @@ EXERCISES = (
              "of others' pictures stay 0."),
     Exercise("4.3", "04_dpok.path_kl", "the KL of each step", 2,
              "Each step has its own σ; the means of the policy that drew the pictures are stored."),
-    Exercise("4.4", "04_dpok.Value.predict", "the value of each state", 1,
-             "The network has learned (r − mean)/std."),
-    Exercise("4.5", "04_dpok.Value.fit", "fitting the value function", 3,
+    Exercise("4.4", "04_dpok.Value.fit", "fitting the value function", 3,
              "Every step of a picture has that picture's final reward as its target.",
              "Keep the latest config.value_rounds rounds. self.mean and self.std (at least "
              "1e-6) are those of all targets kept, and the network learns (r − mean)/std. "
              'training.permutation(len(t), seed, "value batches", n) is the order; each batch_size '
              "rows of it are a step on their mean squared error."),
-    Exercise("4.6", "04_dpok.value_advantage", "the advantage over a value function", 1,
+    Exercise("4.5", "04_dpok.value_advantage", "the advantage over a value function", 1,
              "The difference has a value for each step, and so have the others' means."),
-    Exercise("4.7", "support.models.make_reference", "the reference model", 2,
+    Exercise("4.6", "support.models.make_reference", "the reference model", 2,
              "Adapters off and on again, also when something fails in between; without adapters, "
              "a frozen copy.",
              "`frozen`, where it is given, is the reference. With adapters nothing is copied, and "
              "a copy has no gradients."),
-    Exercise("4.8", "04_dpok.train", "DPOK's loop", 4,
+    Exercise("4.7", "04_dpok.train", "DPOK's loop", 4,
              "Chapter 3's, with the reference's means, the KL and the value function.",
              tests=GOLDEN + "[dpok"),
     Exercise("5.1", "05_eval.paired_interval", "an interval over seeds", 2,
@@ -165,16 +158,11 @@ EXERCISES = (
              "Draw max(config.best_of) times; that is the largest n. Of equal rewards the earlier "
              'picture stays. measures.score("reward", images, prompts) is what chooses, and '
              "measures.rows(requests, images, kl) measures, kl a list with a number for each."),
-    Exercise("5.6", "05_eval.verdict", "the verdict", 1,
-             "Where chance may have made the difference, its sign says nothing."),
-    Exercise("5.7", "experiments.sft.rwr_weights", "reward-weighted regression's weights", 2,
+    Exercise("5.6", "experiments.sft.rwr_weights", "reward-weighted regression's weights", 2,
              "A softmax within each prompt, so that its weights have mean 1."),
-    Exercise("5.8", "experiments.sft.sparse_weights", "sparse weights", 2,
+    Exercise("5.7", "experiments.sft.sparse_weights", "sparse weights", 2,
              "Each prompt keeps its own best share, at least one picture.",
              "A prompt of n pictures keeps round(keep·n); of equal rewards the earlier."),
-    Exercise("5.9", "experiments.early_stopping.stop_by_rule", "early stopping", 2,
-             "Nothing that comes after the bound was crossed counts.",
-             'The KL of a round is its "path_kl", and g its "labels_mean".'),
 )
 BY_FUNCTION = {exercise.function: exercise for exercise in EXERCISES}
 BY_NUMBER = {exercise.number: exercise for exercise in EXERCISES}

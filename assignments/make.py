@@ -1,12 +1,10 @@
 """Makes a homework: a copy of this repository in which students write the exercises' functions.
 
-RUN `python assignments/make.py homework`: all exercises are blank. `--chapter 3`: chapters 1 and 2
-are whole, and from 3 on all is blank, so that earlier mistakes cost nothing later, and later code
-shows no earlier answer. `--bug-hunt 7`: nothing is blank, but three functions have a mistake each,
-drawn by this seed; `--hint` says in which chapters, `--solution` also where and what, and make
-nothing. HOMEWORK.md in the copy lists the exercises.
-
-The tests come along, but those which hold a solution in other words, and this folder, do not.
+RUN `python assignments/make.py homework`: all exercises are blank, and HOMEWORK.md lists them.
+`--chapter 3`: chapters 1 and 2 are whole, and from 3 on all is blank, so that earlier mistakes cost
+nothing later, and later code shows no earlier answer. `--bug-hunt 7`: nothing is blank, but three
+functions have a mistake each, drawn by this seed; `--hint` says in which chapters, `--solution` also
+where and what, and make nothing. The tests come along, but for those which hold a solution.
 """
 import ast
 import difflib
@@ -27,19 +25,23 @@ from exercises import EXERCISES, files_of  # noqa: E402
 from mutants import MUTANTS  # noqa: E402
 from support import flags  # noqa: E402
 
-BUGS = 3
 SOLUTIONS = (  # files and folders that stay here: each holds answers in other words, or runs them
     "assignments", ".ci", "tests/assignments", "tests/runs", "tests/oracles.py",
     "tests/benchmark.py", "tests/benchmark_trl.py", "tests/test_house.py", "tests/test_numbers.py",
     "tests/test_readme.py", "experiments/penalties.py", "experiments/results.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
+HUNT = """# Bug hunt
+
+Three functions of this copy have a mistake each, in different chapters. Find and mend them: the
+tests (`python -m pytest tests/equations`) say where to look, the papers what is right.
+"""
 
 
 @dataclass(frozen=True)
 class Config:
     out: Annotated[str, tyro.conf.Positional]  # the new folder
-    chapter: Literal[1, 2, 3, 4, 5] | None = None  # first chapter that is blank; default: all are
+    chapter: Literal[1, 2, 3, 4, 5] = 1  # the first chapter that is blank
     bug_hunt: int | None = None  # plant three mistakes drawn by this seed, and blank nothing
     hint: bool = False  # only say in which chapters the mistakes of --bug-hunt are
     solution: bool = False  # only say where and what the mistakes of --bug-hunt are
@@ -47,16 +49,16 @@ class Config:
 
 def files_to_copy():
     """What git tracks, so that nothing of a course lands in a homework; without git, our rooms."""
-    try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-        files = [Path(name) for name in listed.stdout.split("\0") if name]
-    except OSError:
-        files = []
+    listed = ""
+    if shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True,
+                                text=True).stdout
+    files = [Path(name) for name in listed.split("\0") if name]
     if Path("01_mdp.py") not in files:
-        found = [file for room in ROOMS for file in ROOT.glob(room)]
-        files = [file.relative_to(ROOT) for file in sorted(found) if "__pycache__" not in file.parts]
+        found = [file for room in ROOMS for file in sorted(ROOT.glob(room))]
+        files = [file.relative_to(ROOT) for file in found if "__pycache__" not in file.parts]
     return [file for file in files if (ROOT / file).is_file()
-            and not any(file.is_relative_to(kept) for kept in SOLUTIONS)]
+            and not any(file.is_relative_to(solution) for solution in SOLUTIONS)]
 
 
 def copy_all(out):
@@ -65,70 +67,49 @@ def copy_all(out):
         shutil.copy2(ROOT / file, out / file)
 
 
-def blank_all(out, exercises):
-    for file in {exercise.file for exercise in exercises}:
-        source = (out / file).read_text(encoding="utf-8")
-        own = [exercise for exercise in exercises if exercise.file == file]
-        (out / file).write_text(cut.blank(source, own), encoding="utf-8")
-
-
 def drawn_bugs(seed):
     """Three mistakes in functions of three different chapters."""
     rng = random.Random(seed)
-    chapters = rng.sample(sorted({exercise.chapter for exercise in EXERCISES}), BUGS)
     natural = [mutant for mutant in MUTANTS if mutant.shape not in ("", "...")]
     return [rng.choice([mutant for mutant in natural if mutant.exercise.chapter == chapter])
-            for chapter in sorted(chapters)]
-
-
-def plant(folder, mutant):
-    """(source before, source after): a file of this folder, and the same with the mistake in it."""
-    before = (folder / mutant.exercise.file).read_text(encoding="utf-8")
-    return before, cut.replaced(before, mutant.exercise.name, mutant.text())
+            for chapter in sorted(rng.sample(range(1, 6), 3))]
 
 
 def print_solution(mutant):
-    """File, line, what stood there and what stands there now, and why it is wrong."""
-    before, after = (source.split("\n") for source in plant(ROOT, mutant))
+    """File, line, what stands there now and what should, and why."""
+    right = (ROOT / mutant.exercise.file).read_text(encoding="utf-8")
+    wrong = cut.replaced(right, mutant.exercise.name, mutant.text()).split("\n")
+    right = right.split("\n")
     print(f"{mutant.exercise.file}, {mutant.exercise.name}: {mutant.words}")
-    for tag, i, i_end, j, j_end in difflib.SequenceMatcher(None, before, after).get_opcodes():
+    for tag, i, i_end, j, j_end in difflib.SequenceMatcher(None, right, wrong).get_opcodes():
         if tag != "equal":
-            print(f"  line {j + 1} is  ", *after[j:j_end], sep="\n    ")
-            print("  and should be", *before[i:i_end], sep="\n    ")
+            print(f"  line {j + 1} is", *wrong[j:j_end], "  and should be", *right[i:i_end], sep="\n")
 
 
 def list_of(exercises):
     """HOMEWORK.md of blank exercises, in Markdown."""
-    rows, hints = [], []
+    rows, hints, copied = [], [], set(files_to_copy())
     for exercise in exercises:
         source = (ROOT / exercise.file).read_text(encoding="utf-8")
-        node = cut.find(ast.parse(source), exercise.name)
-        first = (ast.get_docstring(node) or exercise.title).splitlines()[0].replace("|", "\\|")
-        tests = [file.relative_to(ROOT) for file in files_of(exercise.function)]
-        own = [f"`{file.as_posix()}`" for file in tests if file in files_to_copy()]
-        rows.append(f"| {exercise.number} {exercise.title} | {exercise.points} | `{exercise.file}` "
-                    f"| `{exercise.name}` | {first} | {', '.join(own) or 'your instructor has it'} |")
+        doc = ast.get_docstring(cut.find(ast.parse(source), exercise.name)) or exercise.title
+        tests = {file.relative_to(ROOT) for file in files_of(exercise.function)} & copied
+        cells = [f"{exercise.number} {exercise.title}", str(exercise.points), f"`{exercise.file}`",
+                 f"`{exercise.name}`", doc.splitlines()[0].replace("|", "\\|"),
+                 ", ".join(f"`{file.as_posix()}`" for file in sorted(tests)) or "whole runs"]
+        rows.append(f"| {' | '.join(cells)} |")
         hints.append(f"- **{exercise.number}** {exercise.hint}")
     template = (ROOT / "assignments/homework.md").read_text(encoding="utf-8")
     return template.format(rows="\n".join(rows), hints="\n".join(hints))
 
 
-HUNT = """# Bug hunt
-
-Three functions of this copy have a mistake each, in different chapters. Find and mend them: the
-tests (`python -m pytest tests/equations`) tell where to look, the papers what is right.
-"""
-
-
 def main(argv=None):
     config = tyro.cli(Config, description=__doc__, args=argv)
-    out = Path(config.out)
-    if config.bug_hunt is not None and config.chapter is not None:
-        raise ValueError("--chapter and --bug-hunt do not go together")
-    if config.hint or config.solution:
-        if config.bug_hunt is None:
-            raise ValueError("--hint and --solution go with --bug-hunt")
+    out, bugs = Path(config.out), []
+    if config.bug_hunt is not None:
         bugs = drawn_bugs(config.bug_hunt)
+    if config.hint or config.solution:
+        if not bugs:
+            raise ValueError("--hint and --solution go with --bug-hunt")
         print("There is a mistake in each of the chapters",
               ", ".join(str(mutant.exercise.chapter) for mutant in bugs))
         for mutant in bugs if config.solution else ():
@@ -137,17 +118,17 @@ def main(argv=None):
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder")
     copy_all(out)
-    if config.bug_hunt is not None:
-        for mutant in drawn_bugs(config.bug_hunt):
-            (out / mutant.exercise.file).write_text(plant(out, mutant)[1], encoding="utf-8")
-        (out / "HOMEWORK.md").write_text(HUNT, encoding="utf-8")
-        print(f"{out}: {BUGS} mistakes are planted")
-        return out
-    exercises = [exercise for exercise in EXERCISES if exercise.chapter >= (config.chapter or 1)]
-    blank_all(out, exercises)
-    (out / "HOMEWORK.md").write_text(list_of(exercises), encoding="utf-8")
-    points = sum(exercise.points for exercise in exercises)
-    print(f"{out}: {len(exercises)} exercises, {points} points")
+    blank = [exercise for exercise in EXERCISES if exercise.chapter >= config.chapter and not bugs]
+    for file in {exercise.file for exercise in blank} | {mutant.exercise.file for mutant in bugs}:
+        source = (out / file).read_text(encoding="utf-8")
+        source = cut.blank(source, [exercise for exercise in blank if exercise.file == file])
+        for mutant in bugs:
+            if mutant.exercise.file == file:
+                source = cut.replaced(source, mutant.exercise.name, mutant.text())
+        (out / file).write_text(source, encoding="utf-8")
+    (out / "HOMEWORK.md").write_text(HUNT if bugs else list_of(blank), encoding="utf-8")
+    points = sum(exercise.points for exercise in blank)
+    print(f"{out}: {len(blank)} exercises, {points} points" if blank else f"{out}: happy hunting")
     return out
 
 

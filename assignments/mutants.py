@@ -4,15 +4,16 @@ They serve three times. A test plants each and demands that the exercise's tests
 survives is a hole in the tests. grade.py names a student's mistake by them, where both fail alike.
 make.py plants three for students to find.
 
-A mistake is a rule for the syntax tree, `shape => what stands there instead  # what is wrong`, so it
-outlives a rewording of the line: whatever in the function has this shape is replaced. `_a`, `_b`, ...
+A mistake is a rule for the syntax tree, `shape => what stands there instead  # what is wrong`, and
+so outlives a rewording of the line: whatever in the function has this shape is replaced. `_a`, `_b`
 stand for any expression, the same one on both sides, and `...` for all other arguments, or for a
 whole block. Without a shape a line is put before the answer; the shape `...` is all of the answer.
 
-RUN `python assignments/mutants.py` (minutes): plants each, and prints those that no test notices.
-Words behind it, such as `03_ddpo.step_pairs`, choose functions.
+RUN `python assignments/mutants.py` (minutes; words behind it choose functions): prints those that
+no test notices.
 """
 import ast
+import contextlib
 import re
 import sys
 import textwrap
@@ -27,7 +28,6 @@ from exercises import BY_FUNCTION, Exercise  # noqa: E402
 
 RULES = r"""
 01_mdp.forward_process
-    _a.sqrt() * x_0 => _a * x_0  # the signal is scaled by √ᾱ_t, not by ᾱ_t
     (1 - _a).sqrt() => 1 - _a  # 1 − ᾱ_t is the noise's variance; it is scaled by the root
     scheduler.alphas_cumprod => scheduler.alphas  # ᾱ_t is the product of all α up to t
     => t = t - 1  # ᾱ is looked up one timestep too early
@@ -35,9 +35,7 @@ RULES = r"""
     => x_0, eps = eps, x_0  # x_0 and ε are swapped
 01_mdp.denoising_loss
     _a.mean((1, 2, 3)) => _a.sum((1, 2, 3))  # ‖ε − ε_θ‖² is divided by D: a mean, not a sum
-    weight * _a => weight / weight.sum() * _a  # the weights are not made to sum to 1
     return _a.mean() => return _a.sum()  # E is a mean over pictures, not a sum
-    _a.square() => _a.abs()  # the error is squared
     assert weight.shape == _a => pass  # a weight of another shape than (B,) must be refused
     => eps_pred = eps_pred.detach()  # the value is right, but its gradient is lost
 01_mdp.predict_noise
@@ -57,19 +55,11 @@ RULES = r"""
     _a.sqrt() => _a  # σ_t is a product of two roots; they are missing
     return _a, _b, _c => return _a, _b, _c ** 2  # this is σ², and σ is asked for
     _a.double() => _a  # float32 costs σ_t two digits
-01_mdp.x0_and_noise
-    signal * noise_pred + _a => signal * noise_pred - _a  # of v, ε is √ᾱ·v + √(1−ᾱ)·x_t
-    signal * x_t - _a => signal * x_t + _a  # of v, x̂_0 is √ᾱ·x_t − √(1−ᾱ)·v
-    (x_t - noise * _a) / signal => x_t - noise * _a  # x̂_0 is divided by √ᾱ_t
-    (x_t - signal * _a) / noise => x_t - signal * _a  # ε is divided by √(1−ᾱ_t)
-    alpha_t.sqrt() => alpha_t  # the signal is scaled by √ᾱ_t, not by ᾱ_t
-    return _a, _b => return _b, _a  # x̂_0 comes first, then ε
 01_mdp.step_mean_std
     alpha_prev.sqrt() => alpha_t.sqrt()  # the mean lies at t − 1: x̂_0 is scaled by √ᾱ_{t−1}
     _a.sqrt() * x_0 => _a * x_0  # x̂_0 is scaled by the root of ᾱ_{t−1}
     return _a, _b => return _a, _b ** 2  # this is the variance, and σ is asked for
     _a * eps => _a * noise_pred  # where the model predicts v or x_0, the direction is still ε
-    toward_x_t(_a, _b) => toward_x_t(_a, _b) ** 2  # ε is scaled by the root
 01_mdp.step_mean_std 01_mdp.noise_weight
     toward_x_t(_a, _b) => toward_x_t(_a, 0 * _b)  # the new noise takes σ_t² off 1 − ᾱ_{t−1}
 01_mdp.step_mean_std 01_mdp.noise_weight 01_mdp.ddim_coefficients
@@ -78,7 +68,6 @@ RULES = r"""
     _a.abs() => _a  # κ is an absolute value; the derivative is negative
     return _a / sigma_t => return _a / sigma_t ** 2  # κ is divided by σ, not by σ²
     stays - _a => -_a  # the part of ε that stays in the mean is missing
-    signal_prev - _a => signal_prev + _a  # where x_0 is predicted, ε falls as it rises
     _a - signal_prev * _b => _a + signal_prev * _b  # where ε or v is, x̂_0 falls as it rises
 01_mdp.log_prob
     -0.5 * _a => -_a  # the ½ of the exponent is missing
@@ -93,7 +82,6 @@ RULES = r"""
     => mean_q = mean_q.detach()  # the second mean has lost its gradient
 01_mdp.log_prob 01_mdp.kl_divergence
     _a.sum((1, 2, 3)) => _a.mean((1, 2, 3))  # this is a mean over dimensions; sum them
-    _a.square() => _a.abs()  # the distance is squared
 01_mdp.rollout
     _a + std * _b => _a + std ** 2 * _b  # noise is scaled by σ, not by σ²
     log_prob(_a, mean, std) => log_prob(mean, mean, std)  # what was drawn is scored, not its mean
@@ -117,7 +105,6 @@ RULES = r"""
     => reference, candidate, counts = candidate, reference, None  # this is precision, not recall
     _a / w.sum() => _a / len(w)  # divide by the sum of the weights, not by how many there are
     => counts = None  # the weights are not used
-    reference / _a => reference  # cosines need vectors of length 1; the reference's are not
     candidate.norm(...) => candidate.norm()  # each vector is divided by its own length
     _a.max(1).values => _a.mean(1)  # the nearest word counts, not the mean of all
 02_rewards.ranks
@@ -129,7 +116,6 @@ RULES = r"""
     ... => return (x[:, None] >= x).sum(1).double()  # equal values share a mean place, not the last
 experiments.make_rewards.bradley_terry_loss
     => better, worse = worse, better  # the better one should win
-    return _a => return -_a  # a loss is minus the log of the probability
     _a.mean() => _a.sum()  # a mean over pairs is asked for
     ... => return -(better - worse).sigmoid().log().mean()  # a large difference overflows
 03_ddpo.mean_of_others
@@ -137,33 +123,25 @@ experiments.make_rewards.bradley_terry_loss
         # the baseline holds the picture's own value: leave it out
     _a.mean(0) => _a.sum(0) / len(prompts)  # divide by how many others there are
     _a.mean(0) => _a.mean()  # every step has a mean of its own
-    _a.mean(0) => _a.median(0).values  # the mean is asked for, not the median
-03_ddpo.mean_of_others 03_ddpo.leave_one_out_advantage 04_dpok.value_advantage
-    => prompts = [""] * len(prompts)  # only pictures of the same prompt count
 03_ddpo.leave_one_out_advantage
-    mean_of_others(_a, prompts) => _a.mean()  # the baseline leaves the picture itself out
     spread(_a) => (_a.std(unbiased=False) + 1e-8)  # a small number moves every advantage a little
-    spread(_a) => spread(_a) ** 2  # divide by the standard deviation, not by the variance
     _a / spread(_b) => _a  # the advantage is not divided by the spread
     return _a => return _a.to(reward.dtype)  # the advantages are cut to whole numbers
 03_ddpo.running_advantage
     _a[-keep:] => _a[:keep]  # the last `keep` rewards count; this keeps the first ones
     _a[-keep:] => _a  # only the last `keep` rewards stay in the history
     _a >= min_count => _a > min_count  # min_count rewards are enough
-    _a >= min_count => True  # with fewer than min_count rewards, those of the round count
     => history = dict(history)  # the history is not changed in place, so it is forgotten
     known.mean() => r.mean()  # the mean is the prompt's own, over its history
 03_ddpo.running_advantage 03_ddpo.leave_one_out_advantage
     spread(_a) => _a.std()  # the spread divides by how many there are, not by one less
     spread(_a) => _a.std(unbiased=False)  # equal rewards divide 0 by 0
-    return _a => return -_a  # a better reward must give a larger advantage
 03_ddpo.step_weights
     return _a => return _a / len(_a)  # the weights have mean 1, not sum 1
     1 / _a => _a  # σ/κ is asked for; this is κ/σ
     _a / _a.mean() => _a  # the weights are not divided by their mean
     config.step_weight == _a => config.step_weight != _a  # `none` and `sigma` are swapped
     models.set_timesteps(...) => pass  # the scheduler is not set to the config's number of steps
-    _a.float() => _a  # the weights are asked for in float32
 03_ddpo.step_weights 04_dpok.path_kl
     config.eta => 1.0  # --eta is not used
 03_ddpo.step_pairs
@@ -171,7 +149,6 @@ experiments.make_rewards.bradley_terry_loss
     => n = 0  # each round draws steps of its own
     config.timestep_fraction => 1.0  # --timestep-fraction is not used
     => pictures = pictures[:1].expand(len(pictures))  # all pairs are of the first picture
-    return _a, _b => return _a, _b.flip(0)  # pictures and steps no longer belong together
     return _a, _b => return _b, _a  # pictures come first, then steps
 03_ddpo.step_pairs experiments.sft.sparse_weights
     round(_a) => int(_a)  # the number is rounded, not cut off
@@ -180,8 +157,6 @@ experiments.make_rewards.bradley_terry_loss
     => advantage = advantage.abs()  # the advantage has lost its sign
     => advantage = torch.ones_like(advantage)  # the advantage is not used
     => log_prob = log_prob.detach()  # the value is right, but its gradient is lost
-03_ddpo.ddpo_is_objective 03_ddpo.ddpo_sf_objective
-    return _a => return -_a  # the objective is to be raised; the loss has the minus
 03_ddpo.ddpo_is_objective 04_dpok.dpok_objective
     (log_prob - old_log_prob).exp() => log_prob / old_log_prob
         # a ratio of probabilities is exp of a difference of logs; a quotient of logs is 1, too
@@ -221,7 +196,6 @@ experiments.make_rewards.bradley_terry_loss
     => kl = kl.detach()  # the KL has lost its gradient
     => beta = alpha * beta  # α weighs the reward only
     => alpha = 1.0  # α is not used
-    => alpha, beta = beta, alpha  # α and β are swapped
 04_dpok.step_means
     return _a => return _a.flip(1)  # each mean belongs to its own step
     return _a => return trajectory.means  # these are of the policy that drew, not the present one
@@ -229,23 +203,18 @@ experiments.make_rewards.bradley_terry_loss
     config.batch_size => 10**9  # the batch size is ignored
 04_dpok.path_kl
     return _a => return _a.flip(1)  # each step has its own KL
-    return _a => return _a.cumsum(1)  # each step has its own KL; this adds those before it
     => reference_means = reference_means.roll(1, 1)  # the two means are of different steps
-    sigma_t[k] => sigma_t[0]  # each step has its own σ
 04_dpok.Value.fit
     self.rounds[-_a:] => self.rounds[:_a]  # the latest rounds count; this keeps the first ones
     self.rounds[-_a:] => self.rounds  # only the latest rounds are kept
     (_a - _b) / self.std => _a - _b  # the squared error is that of (r − mean)/std
-    (V - _a) => (V + _a)  # the sign of the target is wrong
-    max(_a, 1e-6) => _a  # equal rewards divide by 0
-    _a.square() => _a.abs()  # the squared error is asked for, not its absolute value
+    _a + 1e-6 => _a  # equal rewards divide by 0
     self.optimizer.step() => pass  # no step is taken
     self.optimizer.zero_grad() => pass  # gradients of earlier steps stay
     for rows in _a: ... => for rows in 2 * list(_a): ...  # one pass is asked for; this makes two
     training.permutation(_a, ...) => torch.arange(_a)  # the order is not drawn
     => n = 0  # every round has the same order
     => batch_size = 10**9  # each batch_size rows are a step
-    => r = r.mean().expand(len(r))  # each picture has its own reward
 04_dpok.value_advantage
     => reward, V = -reward, -V  # the advantage is r − V, not V − r
     ... => return reward[:, None] - V  # the others' mean of r − V is not taken off
@@ -274,7 +243,6 @@ support.models.make_reference
     np.maximum.accumulate(_a) => _a  # an adjusted p may not be below that of a smaller p
     np.arange(m, 0, -1) => np.arange(1, m + 1)  # the smallest p gets the largest factor
     adjusted[order] = _a => adjusted[:] = _a  # the results are in the order of the input
-    _a.clip(...) => _a  # a p is at most 1
 05_eval.diversity
     1 - f @ f.T => f @ f.T  # this is similarity; distance is 1 − cos
     N - 1 => N  # a picture has N − 1 others
@@ -282,8 +250,6 @@ support.models.make_reference
     _a.norm(dim=1, keepdim=True) => _a.norm()  # each vector is divided by its own length
 05_eval.best_of_n_kl
     return _a => return math.log(n)  # (n − 1)/n is taken off log n
-    return _a => return math.log(n) - 1 / n  # (n − 1)/n is taken off, not 1/n
-    return _a => return -_a  # a KL is never below 0
     math.log(_a) => math.log2(_a)  # nats are asked for: the natural logarithm
 05_eval.best_of_n
     r[i] > best_r[i] => best_r[i] == -math.inf or r[i] < best_r[i]  # the worst is kept
@@ -298,18 +264,17 @@ experiments.sft.rwr_weights
     _a.softmax(0) => _a.exp()  # the weights are not normalized
 experiments.sft.rwr_weights experiments.sft.sparse_weights
     => reward = -reward  # the worst pictures weigh most
-    => prompts = [""] * len(prompts)  # each prompt's weights are its own
 experiments.sft.sparse_weights
     max(1, _a) => _a  # at least one picture of a prompt is kept
     return _a => return (_a > 0).to(_a)  # those that are kept weigh 1/share
-    return _a => return _a / _a.sum()  # the weights have mean 1, not sum 1
-experiments.early_stopping.stop_by_rule
-    m = 1 => m = 0  # the pretrained model is always there to be kept
-    rounds[:m] => rounds[:m + 1]  # the round that crossed the bound counts for nothing
-    rounds[:m] => rounds  # what follows m counts for nothing
-    max(_a) => min(_a)  # the best labels are kept, not the worst
-    "labels_mean" => "gold"  # the rule may not look at the truth
-    _a <= bound => _a < bound  # training stops above the bound, not at it
+03_ddpo.mean_of_others 03_ddpo.leave_one_out_advantage 04_dpok.value_advantage experiments.sft.rwr_weights
+    => prompts = [""] * len(prompts)  # only pictures of the same prompt belong together
+03_ddpo.leave_one_out_advantage 03_ddpo.running_advantage 03_ddpo.ddpo_sf_objective
+    return _a => return -_a  # the sign is wrong: what is better must be larger
+experiments.make_rewards.bradley_terry_loss 05_eval.best_of_n_kl 03_ddpo.ddpo_is_objective
+    return _a => return -_a  # the sign is wrong
+01_mdp.denoising_loss 01_mdp.log_prob 01_mdp.kl_divergence 04_dpok.Value.fit
+    _a.square() => _a.abs()  # this is the absolute value, not the square
 """
 
 
@@ -319,10 +284,6 @@ class Mutant:
     shape: str  # of what is right, as above
     instead: str
     words: str  # what is wrong, for the student
-
-    @property
-    def function(self):
-        return self.exercise.function
 
     def text(self):
         """The wrong function."""
@@ -352,10 +313,9 @@ def planted(text, shape, instead):
     """The function's text with the mistake in it; ValueError where nothing has the shape."""
     answer = cut.answer_of(ast.parse(text).body[0])
     if shape in ("", "..."):
-        lines, first, last = text.splitlines(), answer[0].lineno, answer[-1].end_lineno
-        left = lines[last:] if shape else lines[first - 1:]
+        lines, first = text.splitlines(), answer[0].lineno - 1
         instead = textwrap.indent(instead, " " * answer[0].col_offset)
-        return "\n".join([*lines[:first - 1], instead, *left]) + "\n"
+        return "\n".join([*lines[:first], instead, *([] if shape else lines[first:])]) + "\n"
     wanted, source = ast.parse(shape).body[0], text.encode()
     wanted = wanted.value if isinstance(wanted, ast.Expr) else wanted
     starts, places = [0], []
@@ -374,7 +334,10 @@ def planted(text, shape, instead):
         new = ast.unparse(Fill(parts).visit(ast.parse(instead)))
         new = new.replace("\n", "\n" + " " * indent)
         plain, safe = (source[:start] + words.encode() + source[end:] for words in (new, f"({new})"))
-        source = plain if is_same(plain, safe) else safe
+        source = plain
+        with contextlib.suppress(SyntaxError):  # around a statement there are no brackets
+            if ast.dump(ast.parse(safe)) != ast.dump(ast.parse(plain)):
+                source = safe
     return source.decode()
 
 
@@ -430,14 +393,6 @@ class Fill(ast.NodeTransformer):
         return self.parts[...][0] if is_rest(node) else self.generic_visit(node)
 
 
-def is_same(plain, safe):
-    """Whether the brackets around what was put in change nothing, or cannot be."""
-    try:
-        return ast.dump(ast.parse(plain)) == ast.dump(ast.parse(safe))
-    except SyntaxError:
-        return True
-
-
 MUTANTS = read_rules(RULES)
 
 
@@ -450,11 +405,11 @@ def survivors(functions, known):
 
 
 def main(argv):
-    functions = argv or list(dict.fromkeys(mutant.function for mutant in MUTANTS))
+    functions = argv or list(dict.fromkeys(mutant.exercise.function for mutant in MUTANTS))
     alive = survivors(functions, "runs/known_mistakes.json")
     for words, reason in alive:
         print(f"no test notices: {words}: {reason}")
-    count = sum(mutant.function in functions for mutant in MUTANTS)
+    count = sum(mutant.exercise.function in functions for mutant in MUTANTS)
     print(f"{count} wrong answers, {len(alive)} of them unnoticed")
     return len(alive)
 

@@ -35,7 +35,7 @@ def homework(tmp_path_factory):
 
 def test_the_table_has_all_chapters_and_every_exercise_has_tests_and_wrong_answers():
     assert len(EXERCISES) >= 34 and {exercise.chapter for exercise in EXERCISES} == {1, 2, 3, 4, 5}
-    wrong = {mutant.function for mutant in mutants.MUTANTS}
+    wrong = {mutant.exercise.function for mutant in mutants.MUTANTS}
     for exercise in EXERCISES:
         assert exercise.tests or exercises.files_of(exercise.function), exercise.number
         assert ast.get_docstring(ast.parse(text_of(exercise)).body[0]), exercise.number
@@ -146,9 +146,7 @@ def test_a_bug_hunt_has_three_mistakes_in_three_chapters_and_nothing_else(tmp_pa
     assert make.drawn_bugs(5) != make.drawn_bugs(6)
 
 
-@pytest.mark.parametrize("words, named", [
-    (["."], "already"), (["x", "--hint"], "--bug-hunt"),
-    (["x", "--chapter", "2", "--bug-hunt", "1"], "--chapter and --bug-hunt")])
+@pytest.mark.parametrize("words, named", [(["."], "already"), (["x", "--hint"], "--bug-hunt")])
 def test_bad_flags_of_make_are_named_and_nothing_is_made(words, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=named):
@@ -222,13 +220,13 @@ REFUSED = (  # what an answer has no need for, and what is said of it
     ("return __builtins__['eval']", "__builtins__"), ("return __import__('os')", "__import__"),
     ("return (i for i in '').gi_frame", "gi_frame"),
     ("return '{0.__globals__}'.format(x)", "__globals__"), ("torch._C.x()", "_C"),
-    ("torch.testing.assert_close = print", "it changes torch.testing"),
+    ("import torch\ntorch.testing.assert_close = print", "it changes torch.testing"),
     ("mdp.log_prob = x", "it changes mdp.log_prob"), ("torch.pi[0] = 3", "it changes torch.pi"),
     ("setattr(torch, 'x', 1)", "setattr"), ("return vars(torch)", "vars"),
     ("import numpy as np\nnp.load('x')", "load"), ("return x._modules", "_modules"),
     ("from numpy import fromfile", "fromfile"), ("return runs.Path('x')", "Path"),
     ("from operator import attrgetter as a", "attrgetter"), ("models.os.getcwd()", "os"),
-    ("global torch\ntorch = None", "what is global"), ("import pytest\npytest.skip()", "pytest"),
+    ("global torch\ntorch = None", "changes global torch"), ("import pytest\npytest.skip()", "pytest"),
     ("return torch.hub", "hub"), ("import io\nio.FileIO(3, 'w')", "FileIO"),
 )
 
@@ -337,7 +335,7 @@ def test_gradescope_gets_its_file_whatever_happens(tmp_path):
 
 def test_there_are_many_wrong_answers_and_each_can_be_planted():
     assert len(mutants.MUTANTS) >= 230
-    texts = {(mutant.function, ast.unparse(ast.parse(mutant.text()))) for mutant in mutants.MUTANTS}
+    texts = {(mutant.exercise.function, ast.unparse(ast.parse(mutant.text()))) for mutant in mutants.MUTANTS}
     right = {(exercise.function, ast.unparse(ast.parse(text_of(exercise))))
              for exercise in EXERCISES}
     assert len(texts) == len(mutants.MUTANTS) and not texts & right
