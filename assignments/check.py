@@ -49,6 +49,7 @@ def refusal(text):
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             root = root.value
         is_changed = isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
-        if isinstance(node, ast.Global) or is_changed and getattr(root, "id", "") not in bound:
+        is_other = isinstance(root, ast.Name) and root.id not in bound
+        if isinstance(node, ast.Global) or is_changed and is_other:
             return f"it changes {ast.unparse(node)}; an answer changes its own variables only"
     return ""

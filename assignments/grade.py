@@ -97,14 +97,13 @@ def changing_nothing(function):
 class Report:
     """A plugin of pytest's: keeps an exercise's tests only, and what became of each."""
 
-    def __init__(self, exercise):
-        self.exercise = exercise
+    def __init__(self, function):
+        self.function = function
         self.left, self.passed, self.reasons = set(), 0, []
 
     def pytest_collection_modifyitems(self, items):
-        if not self.exercise.tests:
-            items[:] = [item for item in items if any(
-                mark.args[1] == self.exercise.function for mark in item.iter_markers("equation"))]
+        items[:] = [item for item in items if any(
+            mark.args[1] == self.function for mark in item.iter_markers("equation"))]
         self.left = {item.nodeid for item in items}
 
     def pytest_runtest_logreport(self, report):
@@ -129,7 +128,7 @@ def set_limits(seconds):
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def run_tests(exercise, text, folder, seconds):
+def run_tests(function, text, folder, seconds):
     """Runs in a process of its own: what became of the tests is written into the folder."""
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -137,10 +136,9 @@ def run_tests(exercise, text, folder, seconds):
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     tempfile.tempdir = folder  # of pytest, too
-    report = Report(exercise)
-    tests = exercise.tests.split() or map(str, files_of(exercise.function))
+    report, tests = Report(function), map(str, files_of(function))
     try:
-        put(exercise.function, text)
+        put(function, text)
         pytest.main([*tests, "-q", "-x", "-p", "no:cacheprovider", "-m", "", "--tb=short",
                      f"--rootdir={ROOT}", f"--basetemp={folder}/tests"], plugins=[report])
     except BaseException as error:  # also SystemExit: an answer must not end the grading
@@ -156,7 +154,7 @@ def outcome(exercise, text, seconds):
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")  # torch and all else is loaded already
         process = context.Process(target=run_tests, daemon=True, args=(
-            exercise, text, os.path.realpath(folder), seconds))
+            exercise.function, text, os.path.realpath(folder), seconds))
         process.start()
         process.join(10 * seconds)  # by the clock, for an answer that waits for something
         process.kill()

@@ -183,8 +183,6 @@ experiments.make_rewards.bradley_terry_loss
     _a.tensor_split(_b) => _a.tensor_split(1)  # a round has one update instead of K
     training.permutation(B, ...) => torch.arange(B)  # the pictures are not shuffled
     clip_grad_norm_(params, _a) => clip_grad_norm_(params, 1.0)  # the bound is --max-grad-norm
-03_ddpo.train
-    advantages(_a, _b, baseline, _c) => advantages(_a, _b, {}, _c)  # earlier rounds are forgotten
 04_dpok.train
     baseline.fit(...) => pass  # the value function is never fitted
     baseline.predict(_a) => 0 * baseline.predict(_a)  # the value function is not used

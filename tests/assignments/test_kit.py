@@ -37,7 +37,7 @@ def test_the_table_has_all_chapters_and_every_exercise_has_tests_and_wrong_answe
     assert len(EXERCISES) >= 34 and {exercise.chapter for exercise in EXERCISES} == {1, 2, 3, 4, 5}
     wrong = {mutant.exercise.function for mutant in mutants.MUTANTS}
     for exercise in EXERCISES:
-        assert exercise.tests or exercises.files_of(exercise.function), exercise.number
+        assert exercises.files_of(exercise.function), exercise.number
         assert ast.get_docstring(ast.parse(text_of(exercise)).body[0]), exercise.number
         assert exercise.function in wrong and exercise.points > 0 and exercise.hint[-1] in ".?"
     per_chapter, files = {}, {exercise.file for exercise in EXERCISES}
@@ -70,7 +70,7 @@ def leaks(folder, chapter):
     for exercise in EXERCISES:
         if exercise.chapter >= chapter:
             own = set(statements(cut.answer_of(ast.parse(text_of(exercise)).body[0])))
-            needed = min(6 if exercise.tests else 2, len(own)) or 9
+            needed = min(2 if len(own) < 12 else 6, len(own)) or 9
             found += [(exercise.number, file.name) for file, text in texts.items()
                       if sum(statement in text for statement in own) >= needed]
     return found
@@ -209,6 +209,7 @@ HONEST = (  # bodies of a function with the arguments x and pipe
     "if (n := len(x)) > 1:\n    return f'{n:.2f}', type(x)(x), torch.finfo(x.dtype).eps",
     "import functools, itertools, operator, statistics, collections\n"
     "return functools.reduce(operator.mul, itertools.chain([1], [2])), collections.Counter([1])",
+    "a, (b, *c) = x\nfor i, y in enumerate(c):\n    a[i], b = y, a\nreturn a, b, c",
     "same = torch.eye(3)\nsame.diagonal()[:] = 0\nsame[0, 1] += 1\nlog = {}\nlog['a'] = same",
     "net = super(type(x), x).__init__\nreturn net.__name__, x.__getitem__(0), x.state_dict()",
 )
