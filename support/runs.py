@@ -6,6 +6,7 @@ checkpoint.pt too, from which --resume goes on as if nothing had happened.
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -16,28 +17,32 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from support import figures, flags, models, training
 
 FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
 COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
+NOTED = ("kl_old", "clip_fraction")  # what updates note: fixed, since a process may have none
 CHECKPOINT = "checkpoint.pt"
 
 
 class Run:
     """A folder runs/<name>/, the rounds of its training, and what each round has logged.
 
-    film: draws the same few pictures whenever it is called.  () -> Trajectory
+    look: draws and scores pictures, of the same fresh noise whenever it is called: a dict with
+    "prompts", "images" and, as tensors (B,), "reward" and whatever else is measured of each.
     """
 
-    def __init__(self, config, method, film=None):
-        self.config, self.film = config, film
+    def __init__(self, config, method, look):
+        self.config, self.look = config, look
         self.settings = asdict(config) | {"resume": None, "method": method}
         self.pictures_per_round = config.prompts_per_round * config.samples_per_prompt
         self.rows = []  # one dict a round, as in metrics.csv
         self.pictures = []  # one dict a picture, as in pictures.csv
-        self.notes = {}  # name -> sum and number of this round's values
+        self.fresh = []  # one dict for each look, as in fresh.csv
+        self.notes = {name: torch.zeros(2, dtype=torch.float64) for name in NOTED}  # sum, number
         self.started = self.round_started = time.perf_counter()
         if config.resume:
             self.folder = Path(config.resume)
@@ -46,42 +51,51 @@ class Run:
             write_json(self.folder / "config.json", self.settings)
 
     def rounds(self, pipe, *others):
-        """0, 1, ..., with a progress bar, and frames of the film, which are in no round's seconds.
+        """0, 1, ..., with a progress bar, and a look at fresh noise before the first, after a
+        quarter, a half, three quarters and all of them, which is in no round's seconds.
 
         pipe, others: all that changes from round to round: a dict, or what has a state_dict. It is
         in a checkpoint after each, and --resume restores it and goes on with the next round.
         """
+        self.before = self.add_look(0)
         done = self.restore(pipe, others) if self.config.resume else 0
         if training.is_first():
             flags.unfinished = self.folder
         N = self.config.rounds
         self.bar = tqdm(range(done, N), "training", unit="round", initial=done, total=N)
         for n in self.bar:
-            if n in [k * N // FRAMES for k in range(FRAMES)]:
-                self.add_to_film(n)
+            if n in [k * N // FRAMES for k in range(1, FRAMES)]:
+                self.add_look(n)
             self.round_started = time.perf_counter()
             yield n
             if self.config.keep_every and (n + 1) % self.config.keep_every == 0:
                 self.save_weights(pipe, self.folder / "rounds" / f"{n + 1:03d}")
             self.write_checkpoint(n + 1, pipe, others)
-        self.add_to_film(N)
+        self.after = self.add_look(N)
 
-    def add_to_film(self, n):
-        """One frame more in the folder film/, without loss: the pictures after n rounds."""
-        if self.film:
-            trajectory = self.film()
-            images = training.all_images(trajectory.images)
-            if training.is_first():
-                path = self.folder / "film" / f"{n * self.pictures_per_round:06d}.png"
-                path.parent.mkdir(exist_ok=True)
-                write_json(path.with_name("prompts.json"), trajectory.prompts)
-                figures.strip(images).save(path)
+    def add_look(self, n):
+        """What the model draws on fresh noise after n rounds: a line in fresh.csv, a film frame."""
+        seen = self.look()
+        seen["images"] = training.all_images(seen["images"])
+        queries = n * self.pictures_per_round
+        row = {"queries": queries}
+        for name in measured(seen):
+            row[name], row[name + "_se"] = training.mean_se(seen[name])
+        self.fresh = [old for old in self.fresh if old["queries"] < queries] + [row]
+        write_rows(self.folder / "fresh.csv", self.fresh)
+        places = range(len(seen["prompts"]))
+        places = list(dict.fromkeys(training.spread_evenly(places, self.config.film_pictures)))
+        if training.is_first():
+            path = self.folder / "film" / f"{queries:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            write_json(path.with_name("prompts.json"), [seen["prompts"][i] for i in places])
+            figures.strip([seen["images"][i] for i in places]).save(path)
+        return seen
 
     def note(self, **columns):
         """Values (N,) of (picture, step) pairs, whose mean over the round goes into its log."""
         for name, values in columns.items():
-            sums = self.notes.setdefault(name, torch.zeros(2, dtype=torch.float64))
-            sums += torch.tensor([values.sum().item(), len(values)])
+            self.notes[name] += torch.tensor([values.sum().item(), len(values)])
 
     def log(self, n, **columns):
         """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error.
@@ -92,6 +106,10 @@ class Run:
             training.total(sums)
             columns[name] = (sums[0] / sums[1].clamp(min=1)).item()
             sums.zero_()
+        norm = columns.pop("grad_norm").item()
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient is {norm}; try a smaller --learning-rate")
+        columns |= {"grad_norm": norm, "grad_clipped": float(norm > self.config.max_grad_norm)}
         row = {"round": n + 1, "queries": (n + 1) * self.pictures_per_round}
         of_round, of_pictures, words = dict(row), {}, [f"round {n + 1:3}"]
         for name, value in columns.items():
@@ -118,7 +136,7 @@ class Run:
         states = [thing if isinstance(thing, dict) else thing.state_dict() for thing in others]
         file = io.BytesIO()
         torch.save({"round": n, "settings": self.settings, "weights": weights, "states": states,
-                    "rows": self.rows, "pictures": self.pictures,
+                    "rows": self.rows, "pictures": self.pictures, "fresh": self.fresh,
                     "seconds": time.perf_counter() - self.started}, file)
         write_whole(self.folder / CHECKPOINT, file.getbuffer())
 
@@ -132,7 +150,7 @@ class Run:
             return 0
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume: {path} cannot be read: {error}") from error
         flags.check_settings(path, saved["settings"], self.settings, "it is another run's")
         pipe.unet.load_state_dict(saved["weights"], strict=False)  # the others never change
@@ -141,7 +159,7 @@ class Run:
                 thing.update(state)
             else:
                 thing.load_state_dict(state)
-        self.rows, self.pictures = saved["rows"], saved["pictures"]
+        self.rows, self.pictures, self.fresh = saved["rows"], saved["pictures"], saved["fresh"]
         self.started -= saved["seconds"]
         return saved["round"]
 
@@ -149,25 +167,24 @@ class Run:
     def save_weights(self, pipe, folder):
         """The trained weights and, beside them, what they were trained with."""
         folder.mkdir(parents=True, exist_ok=True)
-        models.save_trained(pipe, folder)
+        try:
+            models.save_trained(pipe, folder)
+        except SafetensorError as error:  # this library's own, where a disk is full
+            raise OSError(f"{folder}: the weights could not be saved: {error}") from error
         write_json(folder / "config.json", self.settings)
 
-    def finish(self, pipe, before, after, names):
-        """Saves weights, figures and summary.  names: column -> what it is called.
-
-        before, after: {"prompts", "images", and for each of names (B,) values on fresh noise}.
-        """
-        self.before, self.after = before, after
+    def finish(self, pipe):
+        """Saves weights, summary and figures.  -> the summary, by what is measured"""
         self.save_weights(pipe, self.folder)
         summary = {"queries": self.rows[-1]["queries"],
                    "seconds": time.perf_counter() - self.started}
-        ends = {name: (before[name], after[name]) for name in names}
-        for name, pair in ends.items():
-            summary[name] = summarize(*pair) | {"title": names[name]}
-        for side in (before, after):
-            side["images"] = training.all_images(side["images"])
+        titles = {"reward": self.config.reward, "kl": "path KL, nats"}
+        if hasattr(self.config, "gold"):
+            titles["gold"] = f"gold: {self.config.gold}"
+        for name in measured(self.before):
+            summary[name] = summarize(self.before[name], self.after[name]) | {"title": titles[name]}
         try:
-            self.draw(before, after, ends, names)
+            self.draw(summary)
         except Exception as error:  # whatever it is, the weights are worth more
             print(f"warning: not all figures could be drawn: {error}")
         write_json(self.folder / "evaluation.json", summary)  # with it, a run is finished
@@ -176,18 +193,21 @@ class Run:
         return summary
 
     @training.only_first
-    def draw(self, before, after, ends, names):
+    def draw(self, summary):
         """The run's figures: pictures before and after, curves, and the film."""
-        first = next(iter(ends.values()))
-        figures.before_after(self.folder / "before_after.png", before["prompts"], first,
-                             (before["images"], after["images"]))
-        figures.curves(self.folder / "reward.png", self.rows, ends, names)
-        if self.film:
-            prompts, frames = read_film(self.folder)
-            columns = training.spread_evenly(range(len(prompts)), min(COLUMNS, len(prompts)))
-            strips = [[images[i] for i in columns] for images in frames.values()]
-            times = [f"{queries} queries" for queries in frames]
-            figures.sheet(self.folder / "film.png", strips, times, [prompts[i] for i in columns])
+        figures.before_after(self.folder / "before_after.png", self.before, self.after)
+        titles = {name: summary[name]["title"] for name in measured(self.before)}
+        figures.curves(self.folder / "reward.png", self.rows, self.fresh, titles)
+        prompts, frames = read_film(self.folder)
+        columns = list(dict.fromkeys(training.spread_evenly(range(len(prompts)), COLUMNS)))
+        strips = [[images[i] for i in columns] for images in frames.values()]
+        times = [f"{queries} queries" for queries in frames]
+        figures.sheet(self.folder / "film.png", strips, times, [prompts[i] for i in columns])
+
+
+def measured(seen):
+    """What a look has measured of each picture: "reward", ..."""
+    return [name for name, values in seen.items() if isinstance(values, torch.Tensor)]
 
 
 def summarize(before, after):
