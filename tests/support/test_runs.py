@@ -34,6 +34,8 @@ class Config:
 class Pipe:
     """As much of a pipeline as a run needs."""
 
+    device = "cpu"
+
     def __init__(self):
         self.unet = nn.Linear(2, 1)
         nn.init.constant_(self.unet.weight, 0.5)
@@ -45,7 +47,7 @@ class Pipe:
 
 
 class PlainRun(runs.Run):
-    def draw(self, summary):
+    def draw(self):
         """No figures: they take longer than the rest of this training."""
 
 
@@ -127,8 +129,8 @@ def test_what_a_run_logs_and_keeps(tmp_path):
     assert summary["queries"] == 12 and summary["reward"] == pytest.approx({
         "title": "compressibility", "before": 1.5, "before_se": 3 ** -0.5, "after": 1.5 + gain,
         "after_se": 3 ** -0.5, "gain": gain, "gain_se": 0}, abs=1e-6) and gain != 0
-    assert runs.read_rows(run.folder / "fresh.csv") == run.fresh
-    assert [row["queries"] for row in run.fresh] == [0, 3, 6, 9, 12]
+    assert runs.read_rows(run.folder / "fresh.csv") == list(run.fresh.values())
+    assert [row["queries"] for row in run.fresh.values()] == [0, 3, 6, 9, 12]
     assert run.fresh[0]["reward"] == 1.5 and run.fresh[4]["reward"] == pytest.approx(1.5 + gain)
     weights = [(run.folder / name / "model/weights").read_text() for name in
                ("rounds/002", "rounds/004", ".")]
@@ -151,7 +153,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_weights(tmp_path, monkeypatch, c
     assert "warning: not all figures could be drawn: division by zero" in capsys.readouterr().out
     assert runs.is_finished(run.folder) and (run.folder / "model/weights").is_file()
     assert drawn["before_after.png"] == (run.before, run.after)
-    assert drawn["reward.png"] == (run.rows, run.fresh, {"reward": "compressibility"})
+    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), {"reward": "compressibility"})
 
 
 def test_killed_before_any_change_of_a_file_a_run_ends_with_the_same_bits(tmp_path):
