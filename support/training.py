@@ -145,7 +145,8 @@ def mine(B):
 def batches(i, k, batch_size):
     """Those (picture, step) pairs whose picture is mine, batch_size at a time.  (M,), (M,)"""
     own = is_mine(i)
-    yield from zip(i[own].split(batch_size), k[own].split(batch_size))
+    if own.any():  # else split gives one empty batch
+        yield from zip(i[own].split(batch_size), k[own].split(batch_size))
 
 
 def total(*tensors):
