@@ -139,10 +139,9 @@ def count_numbers(path):
 def reward_bytes(config):
     """Part -> bytes of the networks of reward and gold; None for weights that are not here."""
     on_gpu = (config.device or models.pick_device()).startswith("cuda")
-    rewards = f"{config.reward},{getattr(config, 'gold', '')}".split(",")
+    spec = f"{config.reward},{getattr(config, 'gold', '')}"
     sizes = {}
-    for reward in rewards:
-        reward = reward.partition("=")[0]
+    for reward in [part.partition("=")[0] for part in spec.split(",")]:
         for field in LEARNED.get(reward, ()):
             name = getattr(config, field)
             size = 2 if field == "vlm" and on_gpu else 4  # half precision, where it is so large
@@ -201,7 +200,7 @@ def count(script, config):
         stays["value function, moments, latest rounds"] = kept
         learning["a fit of the value function"] = config.value_rounds * states + fit
     return {"Always on the device": stays | reward_bytes(config),
-            "On top while the next pictures are drawn, one of these": drawing,
+            "On top while pictures are drawn, one of these": drawing,
             "On top while the model learns, one of these": learning}
 
 
@@ -214,7 +213,7 @@ def total(counted):
 def main(argv=None):
     """Prints what `count` gives, and returns it."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help"):
+    if words in ([], ["--help"]):
         return print(__doc__)
     script = Path(words[0]).stem
     if script not in SCRIPTS:

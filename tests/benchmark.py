@@ -1,4 +1,4 @@
-"""How fast is a round, how fast are two processes, and how fast does it learn? Beside TRL's trainer.
+"""How fast are a round, two processes, and learning? Beside TRL's DDPOTrainer.
 
 RUN `python tests/benchmark.py` on an idle machine with two cores (3 minutes); `--parts learning`
 trains as 03_ddpo.py does by itself, for each of `--seeds`. `--trl OTHER_VENV/bin/python` measures

@@ -24,18 +24,14 @@ def count(words, script="03_ddpo"):
     return memory.count(script, config).values()
 
 
-def size_of(network):
-    return sum(p.nbytes for p in network.parameters())
-
-
 @pytest.mark.parametrize("rank, dtype", [(0, "float32"), (0, "bfloat16"), (3, "bfloat16")])
 def test_what_stays_is_the_size_of_all_weights_and_of_what_adamw_keeps(rank, dtype):
     pipe = models.load_pipeline("tiny_sd", "cpu", dtype)
-    unet = size_of(pipe.unet) if rank else 4 * pipe.unet.num_parameters()  # trained in float32
+    unet = pipe.unet.num_parameters() * (pipe.unet.dtype.itemsize if rank else 4)  # trained
     layers = [layer for name, layer in pipe.unet.named_modules() if name.endswith("to_q")]
     adapters = 4 * rank * sum(layer.in_features + layer.out_features for layer in layers)
     stays, *_ = count(f"--lora-rank {rank} --dtype {dtype} --lora-targets to_q", "sft")
-    assert (stays["UNet"], stays["VAE"], stays["adapters"]) == (unet, size_of(pipe.vae), adapters)
+    assert (stays["UNet"], stays["adapters"]) == (unet, adapters)
     assert stays["frozen copy of the UNet"] == (0 if rank else unet)
     assert stays["AdamW's two moments"] == 2 * (adapters or unet)
 
@@ -76,10 +72,10 @@ def test_weights_of_learned_rewards_are_counted_from_their_files_or_named_if_not
 def write_shapes(folder, **changes):
     """A model's folder with the configs of Stable Diffusion v1.5, and no weights."""
     with torch.device("meta"):
-        unet, vae = make_random_sd.make_unet(), make_random_sd.make_vae()
+        unet = make_random_sd.make_unet()
+        make_random_sd.make_vae().save_config(folder / "vae")
     unet.register_to_config(**changes)
-    for name, part in (("unet", unet), ("vae", vae)):
-        part.save_config(folder / name)
+    unet.save_config(folder / "unet")
     make_random_sd.make_text_encoder().config.save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text("{}")
     return str(folder)
@@ -90,11 +86,11 @@ def test_the_full_models_shapes_are_counted_as_they_were_measured(tmp_path, caps
     _, drawing, learning = memory.main([*words, write_shapes(tmp_path)]).values()
     assert max(learning.values()) == pytest.approx(12.8e9, rel=0.05)  # 4 pictures, with guidance
     report = capsys.readouterr().out
-    for text in ("3.438  UNet", "24 GB: enough", "not here: aesthetic: openai/clip-vit-large"):
-        assert text in report
+    assert "3.438  UNet" in report and "not here: aesthetic: openai/clip-vit-large" in report
 
 
-def test_a_model_that_is_no_stable_diffusion_is_one_line(tmp_path):
+def test_a_model_that_is_no_stable_diffusion_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "hub_answers", lambda: False)
     for name in (write_shapes(tmp_path, addition_embed_type="text_time"), "no_such_model"):
         with pytest.raises(ValueError, match=f"--model {name}: ") as error:
             count(f"--model {name}")
@@ -107,7 +103,7 @@ LEARN = "8 --eval-samples 2 --batch-size 8 --train-batch-size "
 RUN = """import runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-print(*[row for row in open("/proc/self/status") if row.startswith("VmHWM")])"""
+print(open("/proc/self/status").read())"""
 # Freed memory goes back at once, so that what is used is what is alive.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -116,18 +112,17 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def counted_and_measured(words, folder):
     """Bytes that are counted, and the most that a process of 03 had, its libraries included."""
     words = [*TRAINING.split(), *words.split(), "--out", str(folder)]
-    done = subprocess.run([sys.executable, "-c", RUN, *words], env=os.environ | MALLOC,
-                          cwd=models.HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", RUN, *words], env=os.environ | MALLOC, check=True,
+                          cwd=models.HERE, stdout=subprocess.PIPE, text=True)
     peak = re.search(r"VmHWM:\s+(\d+)", done.stdout)
     return memory.total(memory.main(words)), 1024 * int(peak[1])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's account of memory")
 @pytest.mark.parametrize("words", [
     LEARN + "256", LEARN + "256 --lora-rank 4", LEARN + "512 --checkpointing",
-    "2 --train-batch-size 8 --batch-size 1024 --eval-samples 1024"])
+    "2 --train-batch-size 8 --batch-size 512 --eval-samples 512"])
 def test_a_process_takes_as_much_more_memory_as_was_counted(words, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     least, least_measured = counted_and_measured(LEARN + "8", folder)
