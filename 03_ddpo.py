@@ -264,7 +264,7 @@ def train(config):
     root = ratio_root(pipe, config)
     baseline = {}  # the running baseline's rewards, by prompt
     look = partial(evaluate, pipe, all_prompts, reward, config)
-    run = runs.Run(config, "ddpo_is", look)
+    run = runs.Run(config, "ddpo_is", look, notes=("kl_old", "clip_fraction"))
 
     for n in run.rounds(pipe, optimizer, baseline):
         prompts = training.prompts_of_round(all_prompts, config, n)

@@ -256,7 +256,7 @@ def train(config):
     root = ddpo.ratio_root(pipe, config)
     baseline = Value(pipe, config)
     look = partial(evaluate, pipe, all_prompts, reward, gold, reference, config)
-    run = runs.Run(config, "dpok", look)
+    run = runs.Run(config, "dpok", look, notes=("kl_old", "clip_fraction"))
 
     for n in run.rounds(pipe, optimizer, baseline):
         prompts = training.prompts_of_round(all_prompts, config, n)

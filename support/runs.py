@@ -31,16 +31,18 @@ class Run:
 
     look: draws and scores pictures, of the same fresh noise whenever it is called: a dict with
     "prompts", "images" and, as tensors (B,), "reward" and whatever else is measured of each.
+    notes: names that `note` uses; of a round in which there was nothing to note, the log says 0.
     """
 
-    def __init__(self, config, method, look):
+    def __init__(self, config, method, look, notes=()):
         self.config, self.look = config, look
         self.settings = asdict(config) | {"resume": None, "method": method}
         self.pictures_per_round = config.prompts_per_round * config.samples_per_prompt
         self.rows = []  # one dict a round, as in metrics.csv
         self.pictures = []  # one dict a picture, as in pictures.csv
         self.fresh = []  # one dict for each look, as in fresh.csv
-        self.notes = {}  # name -> sum and number of this round's values
+        # Sum and number of this round's values.
+        self.notes = {name: torch.zeros(2, dtype=torch.float64) for name in notes}
         self.started = self.round_started = time.perf_counter()
         if config.resume:
             self.folder = Path(config.resume)
@@ -62,7 +64,7 @@ class Run:
         N = self.config.rounds
         self.bar = tqdm(range(done, N), "training", unit="round", initial=done, total=N)
         for n in self.bar:
-            if n in [k * N // FRAMES for k in range(1, FRAMES)]:
+            if n and n in [k * N // FRAMES for k in range(1, FRAMES)]:
                 self.add_look(n)
             self.round_started = time.perf_counter()
             yield n

@@ -145,7 +145,9 @@ def mine(B):
 def batches(i, k, batch_size):
     """Those (picture, step) pairs whose picture is mine, batch_size at a time.  (M,), (M,)"""
     own = is_mine(i)
-    yield from zip(i[own].split(batch_size), k[own].split(batch_size))
+    i, k = i[own], k[own]
+    if len(i):  # of nothing, split would still make one batch
+        yield from zip(i.split(batch_size), k.split(batch_size))
 
 
 def total(*tensors):
