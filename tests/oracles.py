@@ -1,13 +1,12 @@
 """A whole training once more, as slow and as plain as can be: what golden runs are compared with.
 
 One picture and one step at a time, with nothing of the chapters and nothing of support/training.py,
-but the pipeline, its VAE and the network of V. It holds a solution, so no homework has this file.
+but the pipeline and its VAE. It holds a solution, so no homework has this file.
 """
-from importlib import import_module
-
 import numpy as np
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from support import models
@@ -221,16 +220,19 @@ def term(pipe, frozen, scheduler, config, method, chain, k, advantage):
     return J, ratio.item(), kl_old.item()
 
 
-def make_value(pipe, config):
+def make_value(pipe, config, hidden=256):
     torch.manual_seed(int(random(config.seed, VALUE).integers(2**31)))
-    net = import_module("04_dpok").ValueNet(4, pipe.unet.config.cross_attention_dim)
+    width = 4 * 8 * 8 + pipe.unet.config.cross_attention_dim + 1
+    net = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                        nn.Linear(hidden, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
     return {"net": net, "optimizer": optimizer, "rounds": [], "mean": 0, "std": 0}
 
 
 def value_of(value, chain, t, k):
+    """V of one state, less the mean and over the spread."""
     c = chain["c"][0].mean(0)  # over the tokens
-    return value["net"](chain["x"][k].float(), c[None], torch.tensor([t]))
+    return value["net"](torch.cat([chain["x"][k].float().flatten(), c, torch.tensor([t / 1000])]))
 
 
 def value_advantages(value, chains, r, prompts, scheduler):
