@@ -139,6 +139,8 @@ def is_mine(i):
 
 def mine(B):
     """Those of the pictures 0 ... B−1 that are mine."""
+    if B < processes():
+        raise ValueError(f"torchrun: {processes()} processes, but only {B} pictures to share")
     return torch.arange(rank(), B, processes())
 
 
