@@ -60,15 +60,7 @@ class Config(RewardFlags):
     out: str = "runs/02_rewards/best_worst.png"  # where the sheet goes
 
 
-SD = dict(
-    dtype="bfloat16", batch_size=8, reward_batch_size=8,
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5", num_steps=50, guidance_scale=5.0,
-    prompts=("a dog riding a bike", "a cat playing chess", "a bear washing the dishes"),
-    rewards=("compressibility", "aesthetic", "image_reward", "vlm_alignment"),
-    clip="openai/clip-vit-large-patch14",
-    aesthetic_weights="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-    image_reward_weights="THUDM/ImageReward/ImageReward.pt",
-    vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli")
+SD = flags.published("02_rewards")
 
 
 # ---- rewards that need no model -------------------------------------------------------------
@@ -286,7 +278,7 @@ def main(argv=None):
     prompts = []
     for prompt in config.prompts:
         prompts += [prompt] * config.samples
-    trajectory = mdp.rollout(pipe, prompts, config, noise=(config.seed, "examples", 0))
+    trajectory = mdp.rollout(pipe, prompts, config, "examples")
     images = trajectory.images
 
     scores = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from support import models, parallel
+from support import models, training
 from support.flags import MachineFlags
 
 
@@ -48,7 +48,7 @@ def get_reward(table, spec, config=RewardFlags(), device=None, flag="--reward"):
                          "such as alignment=1,aesthetic=0.2, or path/to/file.py:function")
     if not isinstance(table[spec], type):
         return table[spec]
-    device = models.pick_device(config.reward_device or device, "--reward-device")
+    device = models.pick_device(config.reward_device or device or config.device, "--reward-device")
     return in_batches(table[spec](config, device), spec, config.reward_batch_size)
 
 
@@ -154,10 +154,11 @@ def score(reward, images, prompts, folder="runs"):
     the pictures that it drew; images may be None in the others' places.
     """
     r = torch.zeros(len(images), dtype=torch.float64)
-    for rows in parallel.share(len(images), len(images)):
-        own = [images[i] for i in rows], [prompts[i] for i in rows]
-        r[rows] = checked_numbers(reward, *own, folder)
-    parallel.total(r)
+    mine = training.mine(len(images))
+    if len(mine):
+        own = [images[i] for i in mine], [prompts[i] for i in mine]
+        r[mine] = checked_numbers(reward, *own, folder)
+    training.total(r)
     return r
 
 
