@@ -218,13 +218,13 @@ def drawn_pairs(n, seed):
 def generated_pairs(n, device, seed):
     """n pairs of the tiny model's own pictures of a prompt, of which the judge likes one better."""
     pipe = models.load_pipeline(str(ROOT / "tiny_sd"), device)
-    config = SimpleNamespace(num_steps=10, eta=1.0, guidance_scale=1.0, batch_size=64)
+    config = SimpleNamespace(num_steps=10, eta=1.0, guidance_scale=1.0, batch_size=64, seed=seed)
     names = [name for family in shapes.FAMILIES[:4] for name in shapes.prompts_of(family)]
     prompts, pairs, n_round = [], [], 0
     while len(prompts) < n:
         places = draws(seed, "generated prompts", n_round).integers(len(names), size=32)
         drawn = [names[i] for i in places.repeat(4)]
-        images = mdp.rollout(pipe, drawn, config, noise=(seed, "pretrain", n_round)).images
+        images = mdp.rollout(pipe, drawn, config, "pretrain", n_round).images
         gold = np.array(rewards.alignment(images, drawn))
         for i in range(0, len(drawn), 4):
             low, high = i + gold[i:i + 4].argmin(), i + gold[i:i + 4].argmax()
