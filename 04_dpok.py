@@ -236,7 +236,7 @@ def evaluate(pipe, prompts, reward, gold, reference, config):
     }
 
 
-def train(config):
+def train(config, Baseline=Value):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
     ddpo.check(config, needs_others=True)
     T, clip_range = config.num_steps, config.clip_range
@@ -250,7 +250,7 @@ def train(config):
     reference = models.make_reference(pipe)
     step_weight = ddpo.step_weights(pipe, config)
     root = ddpo.ratio_root(pipe, config)
-    baseline = Value(pipe, config)
+    baseline = Baseline(pipe, config)
     look = partial(evaluate, pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, "dpok", look)
 
