@@ -241,7 +241,7 @@ def known_mistakes(functions, config):
     rooms = ("*.py", "support/*.py", "experiments/*.py", "assignments/*.py", "tests/*/*.py")
     files = [file for room in rooms for file in sorted(ROOT.glob(room))]
     key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    table, kept = {}, ROOT / config.known
+    table, kept = {}, Path(config.known)
     with contextlib.suppress(OSError, ValueError):
         table = json.loads(kept.read_text(encoding="utf-8"))
     if table.get("key") != key:  # it is of another state of this repository
