@@ -16,12 +16,12 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import textwrap
 import tokenize
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -99,12 +99,12 @@ class Report:
 
     def __init__(self, function):
         self.function = function
-        self.left, self.passed, self.reasons = set(), 0, []
+        self.left, self.reasons = {"one at least"}, []  # tests that have not passed, and why
 
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if any(
             mark.args[1] == self.function for mark in item.iter_markers("equation"))]
-        self.left = {item.nodeid for item in items}
+        self.left = {item.nodeid for item in items} or self.left
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -114,7 +114,6 @@ class Report:
             self.reasons.append([report.nodeid.rpartition("::")[2], "\n".join(lines[:6])])
         elif report.when == "call" and report.passed:  # a test that is skipped proves nothing
             self.left.discard(report.nodeid)
-            self.passed += 1
 
 
 def set_limits(seconds):
@@ -143,7 +142,7 @@ def run_tests(function, text, folder, seconds):
                      f"--rootdir={ROOT}", f"--basetemp={folder}/tests"], plugins=[report])
     except BaseException as error:  # also SystemExit: an answer must not end the grading
         report.reasons = [["", f"{type(error).__name__}: {error}"]]
-    passed = report.passed > 0 and not report.left and not report.reasons
+    passed = not report.left and not report.reasons
     name, message = (report.reasons or [["", "not all tests could be run"]])[0]
     Path(folder, "report.json").write_text(json.dumps([passed, name, message]), encoding="utf-8")
     os._exit(0)  # so that nothing of the answer's runs after this
@@ -192,11 +191,9 @@ def outcomes(answers, config):
 
 def unpacked(homework, folder):
     """The folder that was handed in; a ZIP file is unpacked into `folder` first."""
-    if not zipfile.is_zipfile(homework):
+    if Path(homework).is_dir():
         return Path(homework)
-    with zipfile.ZipFile(homework) as packed:
-        small = [info for info in packed.infolist() if info.file_size <= 5 * LONGEST]
-        packed.extractall(folder, small)
+    shutil.unpack_archive(homework, folder, "zip")
     return Path(folder)
 
 

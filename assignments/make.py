@@ -31,11 +31,8 @@ SOLUTIONS = (  # files and folders that stay here: each holds answers in other w
     "tests/test_readme.py", "experiments/penalties.py", "experiments/results.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
-HUNT = """# Bug hunt
-
-Three functions of this copy have a mistake each, in different chapters. Find and mend them: the
-tests (`python -m pytest tests/equations`) say where to look, the papers what is right.
-"""
+HUNT = ("# Bug hunt\n\nThree functions of this copy have a mistake each, in different chapters. Find "
+        "and mend them:\nthe tests say where to look, and the papers what is right.\n")
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,6 @@ experiments.make_rewards.bradley_terry_loss
     return _a => return _a.flip(1)  # each mean belongs to its own step
     return _a => return trajectory.means  # these are of the policy that drew, not the present one
     mdp.policy_at(_a, _b, _c, k, _d) => mdp.policy_at(_a, _b, _c, 0, _d)  # this is the first step
-    config.batch_size => 10**9  # the batch size is ignored
 04_dpok.path_kl
     return _a => return _a.flip(1)  # each step has its own KL
     => reference_means = reference_means.roll(1, 1)  # the two means are of different steps
