@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support import tables
-from tests.oracles import randn
+from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
 

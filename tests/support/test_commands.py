@@ -57,12 +57,10 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    file = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    file = tmp_path_factory.mktemp("scripts") / "script_of_this_test.py"
     file.write_text(SCRIPT)
-    monkeypatch.setenv("PYTHONPATH", str(commands.HERE))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return str(file)
 
 
@@ -77,7 +75,7 @@ def test_missing_runs_are_started_once_and_as_they_are_printed(script, tmp_path,
     saved = json.loads((out / "a/config.json").read_text())
     assert (saved["beta"], saved["prompts"], saved["rounds"]) == (0.1, "four stars", 3)
     printed = capfd.readouterr().out
-    assert f"script.py --beta 0.1 --prompts 'four stars' --name a --out {out}\n" in printed
+    assert f"test.py --beta 0.1 --prompts 'four stars' --name a --out {out}\n" in printed
     assert "I am a" in printed and finished(out) == ["a", "b"]
     commands.train_missing(wanted, out)
     assert capfd.readouterr().out == ""
