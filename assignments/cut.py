@@ -1,8 +1,4 @@
-"""Cutting functions out of source text, and putting others into their place.
-
-All of it works on text by line numbers from Python's own parser, so that comments and layout of
-everything else stay as they are.
-"""
+"""Cutting functions out of source text: comments and layout of everything else stay."""
 import ast
 import re
 import textwrap
@@ -36,8 +32,8 @@ def blank(source, exercises):
         while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
             first -= 1
         code = [line for line in lines[first - 1:last] if re.match(r"\s*[^\s#]", line)]
-        task = f"Exercise {exercise.number}: {exercise.title}, about {len(code)} lines"
-        task = task.replace("about 1 lines", "about 1 line")
+        count = "one line" if len(code) == 1 else f"{len(code)} lines"
+        task = f"Exercise {exercise.number}: {exercise.title}, about {count}"
         indent = " " * answer[0].col_offset
         demands = textwrap.wrap(exercise.demand, 98, initial_indent=f"{indent}# ",
                                 subsequent_indent=f"{indent}# ")

@@ -72,7 +72,7 @@ EXERCISES = (
     Exercise("1.7", "01_mdp.kl_divergence", "KL of two steps", 1,
              "Both Gaussians have the same σ, so only the distance of their means is left."),
     Exercise("1.8", "01_mdp.noise_weight", "how strongly a step reacts to ε", 2,
-             "Put x̂_0 of 1.5 into the mean of 1.5, and collect what multiplies the prediction."),
+             "Put x0_and_noise's results into the mean of 1.5: what multiplies the prediction?"),
     Exercise("1.9", "01_mdp.rollout", "the rollout", 4,
              "Keep what you scored: latent k + 1 is the action whose log-prob is number k.",
              "training.mine(B) are the pictures to draw, config.batch_size at a time; "
@@ -90,18 +90,16 @@ EXERCISES = (
              "−log σ(better − worse), in a form that does not overflow."),
     Exercise("3.1", "03_ddpo.mean_of_others", "the mean of the others", 2,
              "Others are pictures of the same prompt, and never the picture itself."),
-
     Exercise("3.2", "03_ddpo.leave_one_out_advantage", "the leave-one-out advantage", 2,
              "`spread` is one number for the whole round; equal rewards must not divide by 0.",
              "Rewards may be whole numbers. A small number is never added to the spread."),
     Exercise("3.3", "03_ddpo.running_advantage", "the running advantage", 2,
              "First add this round's rewards to the history, then look at it.",
-             "Only the last `keep` rewards of a prompt stay in `history`, the oldest first. Rewards "
-             "may be whole numbers. A small number is never added to the spread."),
+             "Only a prompt's last `keep` rewards stay in `history`, the oldest first. Rewards may "
+             "be whole numbers. A small number is never added to the spread."),
     Exercise("3.4", "03_ddpo.step_weights", "step weights", 2,
              "Divide by their mean, so that the learning rate keeps its meaning.",
-             "First models.set_timesteps(pipe.scheduler, config.num_steps). The result is float32, on "
-             "pipe.device."),
+             "First models.set_timesteps(pipe.scheduler, config.num_steps). The result is float32."),
     Exercise("3.5", "03_ddpo.step_pairs", "pairs of pictures and steps", 2,
              "All steps of the first picture, then those of the second: two long lists of indices.",
              "Of T steps round(timestep_fraction·T) are kept, at least one: the first columns of "
@@ -109,12 +107,21 @@ EXERCISES = (
     Exercise("3.6", "03_ddpo.ddpo_sf_objective", "the score-function objective", 1,
              "Its gradient is the estimator: what multiplies ∇ log p?"),
     Exercise("3.7", "03_ddpo.reinforce", "REINFORCE", 4,
-             "Draw, score, advantage; log-prob, objective and backward of all pairs; one step."),
+             "Draw, score, advantage; log-prob, objective and backward of all pairs; one step.",
+             "First check, get_prompts, get_reward, load_pipeline, trainable, adamw, and "
+             'runs.Run(config, "ddpo_sf", look), where look() evaluates. A round n of '
+             'run.rounds(pipe, optimizer, baseline): prompts_of_round, rollout for "train", score, '
+             "advantages times step weights; of training.batches the loss −ΣJ·T/(number of pairs); "
+             "total_gradients, clip_grad_norm_, step; run.log(n, reward=r, grad_norm=...). At last "
+             "return run, run.finish(pipe)."),
     Exercise("3.8", "03_ddpo.ddpo_is_objective", "the importance-sampled objective", 2,
              "The ratio of two probabilities is the exponential of a difference of logs; min "
              "keeps the sides that pull a ratio back."),
     Exercise("3.9", "03_ddpo.train", "DDPO's loop", 4,
-             "REINFORCE's, with K parts of the pictures, and a step after each part."),
+             "REINFORCE's, with K parts of the pictures, and a step after each part.",
+             'training.permutation(B, seed, "minibatches", n).tensor_split(K) are the parts. Pairs '
+             "with |A| ≤ 1e-9 are counted, and left out. Both log-probs are divided by ratio_root. "
+             "run.note(kl_old=T·KL(old mean, mean), clip_fraction=|w − 1| > ε) of each batch."),
     Exercise("4.1", "04_dpok.dpok_objective", "DPOK's objective", 2,
              "Chapter 3's surrogate times α, less β times the KL."),
     Exercise("4.2", "04_dpok.step_means", "the means of the present policy", 2,
@@ -125,10 +132,11 @@ EXERCISES = (
              "Each step has its own σ; the means of the policy that drew the pictures are stored."),
     Exercise("4.4", "04_dpok.Value.fit", "fitting the value function", 3,
              "Every step of a picture has that picture's final reward as its target.",
-             "Keep the latest config.value_rounds rounds. self.mean and self.std (at least "
-             "1e-6) are those of all targets kept, and the network learns (r − mean)/std. "
-             'training.permutation(len(t), seed, "value batches", n) is the order; each batch_size '
-             "rows of it are a step on their mean squared error."),
+             "Without config.value it does nothing. self.rounds are the latest value_rounds rounds; "
+             "self.mean and self.std (at least 1e-6) are of their rewards; self(x_t, c, t) is V, "
+             "and its error (V − r)/self.std. Row j of training.permutation(len(r)·T, seed, "
+             '"value batches", n) is step j % T of picture j // T; batch_size rows are a step on '
+             "their mean squared error."),
     Exercise("4.5", "04_dpok.value_advantage", "the advantage over a value function", 1,
              "The difference has a value for each step, and so have the others' means."),
     Exercise("4.6", "support.models.make_reference", "the reference model", 2,
@@ -137,10 +145,13 @@ EXERCISES = (
              "`frozen`, where it is given, is the reference. With adapters nothing is copied, and "
              "a copy has no gradients."),
     Exercise("4.7", "04_dpok.train", "DPOK's loop", 4,
-             "Chapter 3's, with the reference's means, the KL and the value function."),
+             "Chapter 3's, with the reference's means, the KL and the value function.",
+             "No pair is left out. The KL, too, is divided by ratio_root. Step weights are on the "
+             "advantage. After a round's updates baseline.fit(trajectory, r, n), then run.log with "
+             "gold=..., kl=... of each picture."),
     Exercise("5.1", "05_eval.paired_interval", "an interval over seeds", 2,
              "One difference for each seed; their mean divided by its error has a t-distribution.",
-             "a and b are arrays; scipy.stats is there as `stats`. The keys are mean, low, high, p."),
+             "a and b are arrays; scipy.stats is there as `stats`. Keys: mean, low, high, p."),
     Exercise("5.2", "05_eval.holm", "Holm's correction", 2,
              "The smallest p is multiplied by m, the next by m − 1; none may fall below one "
              "before it.",

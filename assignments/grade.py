@@ -71,27 +71,11 @@ def put(function, text):
     node = cut.find(ast.parse(Path(module.__file__).read_text(encoding="utf-8")), name)
     decorators = [f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list]
     exec("".join(decorators) + text, vars(module), names)  # as if it stood in the module
-    new = changing_nothing(names[last])
-    setattr(owner, last, new)
+    setattr(owner, last, names[last])
     for other in list(sys.modules.values()):  # and where it was imported by name
         for attribute, value in list(getattr(other, "__dict__", {}).items()):
             if value is old and other is not owner:
-                setattr(other, attribute, new)
-
-
-def changing_nothing(function):
-    """The function; it fails where it has changed tensors, for an oracle that gets them next."""
-    import torch
-
-    def watched(*args, **kwargs):
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        before = [value.detach().clone() for value in given]
-        result = function(*args, **kwargs)
-        same = [torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(before, given)]
-        assert all(same), "it changes what it is given; make something new instead"
-        return result
-
-    return watched
+                setattr(other, attribute, names[last])
 
 
 class Report:

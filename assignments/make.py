@@ -3,8 +3,8 @@
 RUN `python assignments/make.py homework`: all exercises are blank, and HOMEWORK.md lists them.
 `--chapter 3`: chapters 1 and 2 are whole, and from 3 on all is blank, so that earlier mistakes cost
 nothing later, and later code shows no earlier answer. `--bug-hunt 7`: nothing is blank, but three
-functions have a mistake each, drawn by this seed; `--hint` says in which chapters, `--solution` also
-where and what, and make nothing. The tests come along, but for those which hold a solution.
+functions have a mistake each, drawn by this seed; `--hint` only says in which chapters, `--solution`
+also where and what. The tests come along, but for those which hold a solution.
 """
 import ast
 import difflib
@@ -31,8 +31,8 @@ SOLUTIONS = (  # files and folders that stay here: each holds answers in other w
     "tests/test_readme.py", "experiments/penalties.py", "experiments/results.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
-HUNT = ("# Bug hunt\n\nThree functions of this copy have a mistake each, in different chapters. Find "
-        "and mend them:\nthe tests say where to look, and the papers what is right.\n")
+HUNT = ("# Bug hunt\n\nThree functions of this copy, in different chapters, have a mistake each. Find\n"
+        "and mend them: the tests say where to look, and the papers what is right.\n")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def print_solution(mutant):
     print(f"{mutant.exercise.file}, {mutant.exercise.name}: {mutant.words}")
     for tag, i, i_end, j, j_end in difflib.SequenceMatcher(None, right, wrong).get_opcodes():
         if tag != "equal":
-            print(f"  line {j + 1} is", *wrong[j:j_end], "  and should be", *right[i:i_end], sep="\n")
+            print(f"  line {j + 1} is", *wrong[j:j_end], "  and should be", sep="\n")
+            print(*right[i:i_end], sep="\n")
 
 
 def list_of(exercises):

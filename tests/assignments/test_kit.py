@@ -173,7 +173,7 @@ def test_a_function_is_found_also_beside_what_python_cannot_read():
 
 
 def test_a_hand_in_may_lie_flat_or_in_a_folder_or_be_a_zip_file_of_it(tmp_path):
-    exercise, good = BY_NUMBER["4.7"], (ROOT / BY_NUMBER["4.7"].file).read_text(encoding="utf-8")
+    exercise, good = BY_NUMBER["4.6"], (ROOT / BY_NUMBER["4.6"].file).read_text(encoding="utf-8")
     for name in ("flat/models.py", "whole/support/models.py", "deep/anna/support/models.py",
                  "deep/anna/.venv/lib/models.py", "two/a/models.py", "two/b/models.py",
                  "large/models.py", "empty/x.txt"):
@@ -194,8 +194,8 @@ HONEST = (  # bodies of a function with the arguments x and pipe
     "class Off:\n    def __init__(self):\n        self._x = x\n    def __enter__(self):\n"
     "        pipe.unet.disable_lora()\n    def __exit__(self, *error):\n"
     "        pipe.unet.set_adapters('default')\nwith Off():\n    return x",
-    "import io\nfrom PIL import Image\nbuffer = io.BytesIO()\nImage.new('RGB', (1, 1)).convert('L')",
-    "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nreturn '{}: {:.2f}'.format(device, x)",
+    "import io\nfrom PIL import Image\nfile = io.BytesIO()\nImage.new('RGB', (1, 1)).convert('L')",
+    "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nreturn '{}: {}'.format(device, x)",
     "from torch.distributions.kl import kl_divergence\nD = torch.distributions\n"
     "return kl_divergence(D.Normal(x, 1), D.Normal(0.0, 1.0))",
     "from dataclasses import dataclass, replace\n@dataclass\nclass P:\n    a: int = 1\nreturn P()",
@@ -227,7 +227,7 @@ REFUSED = (  # what an answer has no need for, and what is said of it
     ("import numpy as np\nnp.load('x')", "load"), ("return x._modules", "_modules"),
     ("from numpy import fromfile", "fromfile"), ("return runs.Path('x')", "Path"),
     ("from operator import attrgetter as a", "attrgetter"), ("models.os.getcwd()", "os"),
-    ("global torch\ntorch = None", "changes global torch"), ("import pytest\npytest.skip()", "pytest"),
+    ("global torch\ntorch = None", "changes global torch"), ("import pytest", "imports pytest"),
     ("return torch.hub", "hub"), ("import io\nio.FileIO(3, 'w')", "FileIO"),
 )
 
@@ -288,9 +288,8 @@ def hand_in(folder, answers):
 
 
 ANSWERS = {  # number -> an answer, and what is said of it
-    "4.6": ("d = reward[:, None] - V\nreturn d - ddpo.mean_of_others(d, prompts)", "correct"),
-    "2.5": ("return -(F.logsigmoid(better) - F.logsigmoid(worse)).mean()", "This does not hold: "),
-    "3.6": ("log_prob.mul_(advantage)\nreturn log_prob", "it changes what it is given"),
+    "4.5": ("d = reward[:, None] - V\nreturn d - ddpo.mean_of_others(d, prompts)", "correct"),
+    "2.4": ("return -(F.logsigmoid(better) - F.logsigmoid(worse)).mean()", "This does not hold: "),
     "3.8": ("r = torch.div(log_prob, old_log_prob)\nlow, high = 1 - clip_range, 1 + clip_range\n"
             "return torch.min(r * advantage, r.clip(low, high) * advantage)", "difference of logs"),
     "5.2": ("import numpy as np\nreturn [min(1.0, len(p) * p[i]) for i in range(len(p))]",
@@ -311,12 +310,12 @@ def test_each_answer_is_graded_alone_and_what_is_wrong_is_said_in_words(tmp_path
         assert said in results[number]["output"], (number, results[number]["output"])
         assert (results[number]["score"] > 0) == (said == "correct")
     kept = json.loads((copy / "known.json").read_text(encoding="utf-8"))
-    assert set(kept) == {"key", *(BY_NUMBER[number].function for number in ("2.5", "3.6", "3.8",
-                                                                           "5.2"))}
+    assert set(kept) == {"key", *(BY_NUMBER[number].function for number in ("2.4", "3.8", "5.2"))}
 
 
 def test_an_answer_that_never_ends_is_ended():
-    outcome = grade.outcome(BY_NUMBER["5.4"], "def best_of_n_kl(n):\n    while True:\n        n += 1", 1)
+    endless = "def best_of_n_kl(n):\n    while True:\n        pass"
+    outcome = grade.outcome(BY_NUMBER["5.4"], endless, 1)
     assert outcome == (False, "it took more than 1 seconds", None)
 
 
@@ -336,15 +335,14 @@ def test_gradescope_gets_its_file_whatever_happens(tmp_path):
 
 def test_there_are_many_wrong_answers_and_each_can_be_planted():
     assert len(mutants.MUTANTS) >= 230
-    texts = {(mutant.exercise.function, ast.unparse(ast.parse(mutant.text()))) for mutant in mutants.MUTANTS}
-    right = {(exercise.function, ast.unparse(ast.parse(text_of(exercise))))
-             for exercise in EXERCISES}
+    texts = {(mutant.exercise, unparsed(mutant.text())) for mutant in mutants.MUTANTS}
+    right = {(exercise, unparsed(text_of(exercise))) for exercise in EXERCISES}
     assert len(texts) == len(mutants.MUTANTS) and not texts & right
     assert all(mutant.words and len(mutant.words) < 120 for mutant in mutants.MUTANTS)
 
 
 def test_a_mistake_outlives_a_rewording_of_its_line():
-    text = "def f(x):\n    # why\n    y = (x - 1).sum(\n        0) * 2  # é\n    return y, x.sum()\n"
+    text = "def f(x):\n    # why\n    y = (x - 1).sum(\n     0) * 2  # é\n    return y, x.sum()\n"
     assert mutants.planted(text, "_a.sum(...)", "_a.mean(...)") == (
         "def f(x):\n    # why\n    y = (x - 1).mean(0) * 2  # é\n    return y, x.mean()\n")
     assert "y = (x - 1 + x) * 2" in mutants.planted(text, "_a.sum(0)", "_a + x")
@@ -354,19 +352,18 @@ def test_a_mistake_outlives_a_rewording_of_its_line():
         mutants.planted(text, "_a.max()", "_a")
 
 
-def noticed(functions):
-    code = ("import sys; sys.path.insert(0, 'assignments'); import mutants; "
-            f"print(mutants.survivors({functions}, ''))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr[-2000:]
+def check_noticed(functions, folder):
+    done = subprocess.run([sys.executable, str(ROOT / "assignments/mutants.py"), *functions],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("0 "), done.stdout + done.stderr[-2000:]
 
 
-def test_wrong_answers_of_a_few_exercises_are_noticed():
-    noticed(["03_ddpo.ddpo_sf_objective", "05_eval.best_of_n_kl"])
+def test_wrong_answers_of_a_few_exercises_are_noticed(tmp_path):
+    check_noticed(["03_ddpo.ddpo_sf_objective", "05_eval.best_of_n_kl"], tmp_path)
 
 
 @pytest.mark.slow
-def test_wrong_answers_are_noticed():
+def test_wrong_answers_are_noticed(tmp_path):
     """Those of a twelfth of the exercises, others each day; with ALL_MUTANTS set, of all."""
     first, step = (0, 1) if "ALL_MUTANTS" in os.environ else (date.today().toordinal() % 12, 12)
-    noticed([exercise.function for exercise in EXERCISES[first::step]])
+    check_noticed([exercise.function for exercise in EXERCISES[first::step]], tmp_path)
