@@ -90,7 +90,7 @@ def train(config, Run=PlainRun):
     ({"name": None, "prompts": "a star " * 50}, ("dpok_compressibility_" + "a_star_" * 50)[:100])])
 def test_a_folder_says_what_is_run_and_none_is_overwritten(values, name, tmp_path):
     config = replace(Config(str(tmp_path / "runs")), **values)
-    found = [runs.Run(config, "dpok", None).folder for _ in range(3)]
+    found = [runs.Run(config, "dpok", lambda: {"images": []}).folder for _ in range(3)]
     assert found == [tmp_path / "runs" / (name + end) for end in ("", "-2", "-3")]
     saved = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))
     assert saved["method"] == "dpok" and saved["rounds"] == 4 and saved["out"] == config.out
