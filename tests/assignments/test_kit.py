@@ -64,13 +64,13 @@ def unparsed(text):
 
 
 def leaks(folder, chapter):
-    """(exercise, file) where two statements of an answer (of a loop: six) stand in one file."""
+    """(exercise, file) where two statements of an answer, or most of a loop's, are in a file."""
     texts = {file: unparsed(file.read_text(encoding="utf-8")) for file in folder.rglob("*.py")}
     found = []
     for exercise in EXERCISES:
         if exercise.chapter >= chapter:
             own = set(statements(cut.answer_of(ast.parse(text_of(exercise)).body[0])))
-            needed = min(2 if len(own) < 12 else 6, len(own)) or 9
+            needed = min(2 if len(own) < 12 else len(own) * 2 // 3, len(own)) or 9
             found += [(exercise.number, file.name) for file, text in texts.items()
                       if sum(statement in text for statement in own) >= needed]
     return found
@@ -89,7 +89,7 @@ def test_no_answer_is_left_in_a_homework(homework, tmp_path):
     assert leaks(tmp_path / "whole", 1) != []  # this test can see one
 
 
-def test_all_but_the_answers_comes_along_and_what_is_there_needs_nothing_that_is_not(homework):
+def test_all_but_the_answers_comes_along_and_needs_nothing_that_does_not(homework):
     for file in {exercise.file for exercise in EXERCISES}:
         whole, left = (ast.parse(Path(folder, file).read_text(encoding="utf-8"))
                        for folder in (ROOT, homework))
@@ -290,15 +290,15 @@ def hand_in(folder, answers):
 ANSWERS = {  # number -> an answer, and what is said of it
     "4.5": ("d = reward[:, None] - V\nreturn d - ddpo.mean_of_others(d, prompts)", "correct"),
     "2.4": ("return -(F.logsigmoid(better) - F.logsigmoid(worse)).mean()", "This does not hold: "),
-    "3.8": ("r = torch.div(log_prob, old_log_prob)\nlow, high = 1 - clip_range, 1 + clip_range\n"
-            "return torch.min(r * advantage, r.clip(low, high) * advantage)", "difference of logs"),
+    "2.3": ("place = torch.sort(torch.sort(x).indices).indices\nreturn (place + 1).double()",
+            "It fails as this does: equal values share a rank"),
     "5.2": ("import numpy as np\nreturn [min(1.0, len(p) * p[i]) for i in range(len(p))]",
             "It fails as this does: this is Bonferroni's"),
     "5.3": ("raise SystemExit(0)", "SystemExit"),
     "5.4": ("return helper(n)", "put all that it needs inside"),
     "1.1": ("return torch.zeros(10**13)", "RuntimeError"),
-    "1.2": ("return return", "Python cannot read it"),
     "1.3": ("import os\nos._exit(0)", "refused: it imports os"),
+    "1.2": ("return return", "Python cannot read it"),
 }
 
 
@@ -310,7 +310,7 @@ def test_each_answer_is_graded_alone_and_what_is_wrong_is_said_in_words(tmp_path
         assert said in results[number]["output"], (number, results[number]["output"])
         assert (results[number]["score"] > 0) == (said == "correct")
     kept = json.loads((copy / "known.json").read_text(encoding="utf-8"))
-    assert set(kept) == {"key", *(BY_NUMBER[number].function for number in ("2.4", "3.8", "5.2"))}
+    assert set(kept) == {"key", *(BY_NUMBER[number].function for number in ("2.3", "2.4", "5.2"))}
 
 
 def test_an_answer_that_never_ends_is_ended():
@@ -359,7 +359,7 @@ def check_noticed(functions, folder):
 
 
 def test_wrong_answers_of_a_few_exercises_are_noticed(tmp_path):
-    check_noticed(["03_ddpo.ddpo_sf_objective", "05_eval.best_of_n_kl"], tmp_path)
+    check_noticed(["02_rewards.jpeg_kilobytes", "05_eval.best_of_n_kl"], tmp_path)
 
 
 @pytest.mark.slow
