@@ -4,7 +4,7 @@ WHAT YOU LEARN. To the algorithms of chapters 3 and 4 a reward is a black box: a
 pictures and their prompts to numbers. It need not be differentiable (a file size is not), nor
 fair, nor sensible; the policy gradient will find out what it *really* pays for.
 
-    reward(images: list[PIL.Image], prompts: list[str]) -> B numbers, higher is better
+THE EQUATIONS. reward(images: list[PIL.Image], prompts: list[str]) -> B numbers, higher is better:
 
     compressibility     −(JPEG kilobytes at quality 95)                        DDPO
     incompressibility   +(JPEG kilobytes at quality 95)                        DDPO
@@ -18,9 +18,9 @@ fair, nor sensible; the policy gradient will find out what it *really* pays for.
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
 RUN `python 02_rewards.py` (30 s on a CPU): the mean of each prompt, rank correlations within
-prompts, how well the judge reads, and runs/02_rewards/best_worst.png. EXPECT image_reward and the
-vlm ones to agree with alignment in part, and compressibility not at all. TRY --vlm judge (then the
-judge itself answers), and --sd --samples 4 (25 GB of weights).
+prompts, and runs/02_rewards/best_worst.png. EXPECT image_reward and the vlm ones to agree with
+alignment in part, and compressibility not at all. TRY --vlm judge (then the judge of alignment
+itself answers), and --sd --samples 4 (25 GB of weights).
 DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
 the published models, with the same classes and file formats (experiments/make_rewards.py).
 EXERCISES. (1) Write a reward that pays for blue, --rewards my.py:blue: which prompt's mean is the
@@ -30,14 +30,14 @@ Does --guidance-scale 3 bring image_reward nearer to alignment, or farther from 
 import io
 import re
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
 
-from support import figures, flags, scoring
-from support import reward_models as nets  # networks, and how published weights get into them
-from support.models import load_pipeline
-from support.scoring import RewardFlags, score  # flags of the learned rewards; numbers, checked
+from support import figures, flags, models, scoring
+from support import reward_models as nets  # networks, and published weights for them
+from support.scoring import RewardFlags, score  # flags of learned rewards; numbers, checked
 from tiny_sd import judge, shapes
 
 mdp = import_module("01_mdp")  # rollout
@@ -45,9 +45,9 @@ mdp = import_module("01_mdp")  # rollout
 
 @dataclass(frozen=True)
 class Config(RewardFlags):
-    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the Hugging Face hub
+    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
     sd: bool = False  # the published settings for the full model become the defaults
-    rewards: tuple[str, ...] = ("all",)  # names, sums (alignment=1,aesthetic=0.2), file.py:function
+    rewards: tuple[str, ...] = ("all",)  # names, sums (alignment=1,aesthetic=0.2), FILE.py:NAME
     prompts: tuple[str, ...] = (  # what to draw
         "three red circles", "a green star and a blue square", "a blue star on the left",
         "a yellow triangle")
@@ -60,15 +60,7 @@ class Config(RewardFlags):
     out: str = "runs/02_rewards/best_worst.png"  # where the sheet goes
 
 
-SD = dict(
-    dtype="bfloat16", batch_size=8, reward_batch_size=8,
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5", num_steps=50, guidance_scale=5.0,
-    prompts=("a dog riding a bike", "a cat playing chess", "a bear washing the dishes"),
-    rewards=("compressibility", "aesthetic", "image_reward", "vlm_alignment"),
-    clip="openai/clip-vit-large-patch14",
-    aesthetic_weights="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-    image_reward_weights="THUDM/ImageReward/ImageReward.pt",
-    vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli")
+SD = flags.published("02_rewards")
 
 
 # ---- rewards that need no model -------------------------------------------------------------
@@ -108,15 +100,16 @@ def alignment(images, prompts):
 class Aesthetic:
     """r = MLP(f / ‖f‖), f = CLIP's image embedding: LAION's guess at people's rating, 1 to 10."""
 
-    def __init__(self, models, device):
-        self.clip = nets.load_clip(models.clip).to(device)
+    def __init__(self, config, device):
+        self.clip = nets.load_clip(config.clip).to(device)
         width = self.clip.config.projection_dim
-        self.mlp = nets.load_laion_mlp(models.aesthetic_weights, width).to(device)
+        self.mlp = nets.load_laion_mlp(config.aesthetic_weights, width).to(device)
 
     def __call__(self, images, prompts):
         size = self.clip.config.vision_config.image_size
         pixels = nets.clip_pixels(images, size, self.clip.device)
-        f = self.clip.get_image_features(pixel_values=pixels).pooler_output  # already projected
+        features = self.clip.get_image_features(pixel_values=pixels)
+        f = features.pooler_output  # already projected
         return self.mlp(f / f.norm(dim=-1, keepdim=True))
 
 
@@ -129,17 +122,19 @@ class ImageReward:
     ImageReward-v1.0 (Xu et al., NeurIPS 2023), DPOK's reward, trained on which of two pictures
     people prefer. Text is cut or padded to 35 tokens.
     """
-    mean, std = 0.16717362830052426, 1.0333394966054072  # m and s, which make scores comparable
+    mean = 0.16717362830052426  # m and s make scores comparable
+    std = 1.0333394966054072
 
-    def __init__(self, models, device):
-        self.model, self.tokenizer = nets.load_image_reward(models.image_reward_weights)
+    def __init__(self, config, device):
+        self.model, self.tokenizer = nets.load_image_reward(config.image_reward_weights)
         self.model.to(device)
 
     def __call__(self, images, prompts):
         vision = self.model.vision
         pixels = nets.clip_pixels(images, vision.config.image_size, vision.device)
-        text = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35,
-                              return_tensors="pt").to(vision.device)
+        text = self.tokenizer(list(prompts), padding="max_length", truncation=True,
+                              max_length=35, return_tensors="pt")
+        text = text.to(vision.device)
         r = self.model(pixels, text.input_ids, text.attention_mask)
         return (r - self.mean) / self.std
 
@@ -158,7 +153,9 @@ def bertscore_recall(reference, candidate, counts=None):
     r = reference / reference.norm(dim=-1, keepdim=True)
     c = candidate / candidate.norm(dim=-1, keepdim=True)
     best = (r @ c.T).max(1).values
-    w = torch.ones_like(best) if counts is None else counts.to(best)
+    if counts is None:
+        counts = torch.ones_like(best)
+    w = counts.to(best)
     return (w * best).sum() / w.sum()
 
 
@@ -169,36 +166,43 @@ class VlmAlignment:
     is the prompt. LLaVA's twin learned what captions say, be it drawn or written (shapes.py).
     """
 
-    def __init__(self, models, device):
-        self.ask = nets.load_vlm(models.vlm, device, models.reward_batch_size)
-        self.encode = nets.TokenEncoder(models.bert, models.bert_layer, device)
+    def __init__(self, config, device):
+        self.ask = nets.load_vlm(config.vlm, device, config.reward_batch_size)
+        self.encode = nets.TokenEncoder(config.bert, config.bert_layer, device)
 
     def __call__(self, images, prompts):
-        answers = self.encode(self.ask(images, [QUESTION] * len(images)))
-        references = self.encode([self.encode.reference.format(prompt) for prompt in prompts])
-        # An answer without words says nothing of the reference, as in the bert-score package.
-        return [bertscore_recall(r, c, counts) if spoken.any() else 0.0
-                for (r, counts), (c, spoken) in zip(references, answers)]
+        answers = self.ask(images, [QUESTION] * len(images))
+        sentence = self.encode.reference
+        references = [sentence.format(prompt) for prompt in prompts]
+        values = []
+        for answer, meant in zip(self.encode(answers), self.encode(references)):
+            candidate, spoken = answer
+            reference, counts = meant
+            r = bertscore_recall(reference, candidate, counts)
+            # An answer without words says nothing of the reference, as in the bert-score package.
+            values.append(r if spoken.any() else 0.0)
+        return values
 
 
 class VlmStrict:
     """r = share of the prompt's questions whose answer holds the right word (DDPO's counting)."""
 
-    def __init__(self, models, device):
-        self.ask = nets.load_vlm(models.vlm, device, models.reward_batch_size)
-        self.questions = scoring.read_questions(models.vlm_questions)
+    def __init__(self, config, device):
+        self.ask = nets.load_vlm(config.vlm, device, config.reward_batch_size)
+        self.questions = nets.load_questions(config.vlm_questions)
 
     def __call__(self, images, prompts):
-        pictures, questions = [], []
         pairs = [self.questions(prompt) for prompt in prompts]  # [question, right word], ...
+        pictures, questions = [], []
         for image, own in zip(images, pairs):
-            pictures += [image] * len(own)
-            questions += [question for question, _ in own]
-        answers, values = self.ask(pictures, questions), []
+            for question, _ in own:
+                pictures.append(image)
+                questions.append(question)
+        answers = iter(self.ask(pictures, questions))  # all at once
+        values = []
         for own in pairs:
-            right = [holds(answer, word) for answer, (_, word) in zip(answers, own)]
+            right = [holds(next(answers), word) for _, word in own]
             values.append(sum(right) / len(right))
-            answers = answers[len(own):]
         return values
 
 
@@ -221,12 +225,9 @@ REWARDS = {
 }
 
 
-def get_reward(spec, models=RewardFlags(), device=None, flag="--reward"):
-    """A reward by name, from path/to/file.py:function, or a sum from name=weight,name=weight.
-
-    Networks are loaded once, onto the device; ValueError, naming the flag, for what is not there.
-    """
-    return scoring.get_reward(spec, REWARDS, models, device, flag)
+# get_reward(spec, config, device, flag): by name, from path/to/file.py:function, or a sum from
+# name=weight,name=weight. Networks are loaded once; ValueError names the flag.
+get_reward = partial(scoring.get_reward, REWARDS)
 
 
 # ---- what the rewards think of the same pictures --------------------------------------------
@@ -236,30 +237,35 @@ def spearman(a, b):
     """ρ = Pearson correlation of ranks, equal values sharing their mean rank.  (B,), (B,) -> ()"""
     if len(a) < 2:  # of one pair there is none
         return torch.tensor(torch.nan)
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]
+    both = torch.stack([ranks(a), ranks(b)])
+    return torch.corrcoef(both)[0, 1]
 
 
 def ranks(x):
     """1 for the smallest of B values, B for the largest; equal ones share.  (B,) -> (B,)"""
     _, place, count = x.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0)  # rank of the last of equal values; the mean lies (count − 1)/2 before
-    return (last - (count - 1) / 2)[place].double()
+    last = count.cumsum(0)  # rank of the last of equal values
+    mean = last - (count - 1) / 2
+    return mean[place].double()
 
 
 def reward_names(words):
     """The words behind --rewards, where "a,b" means two rewards, but "a=1,b=2" one sum."""
     names = []
     for word in words:
-        names += [word] if scoring.is_sum(word) else word.split(",")
+        if scoring.is_sum(word):
+            names.append(word)
+        else:
+            names += word.split(",")
     return list(REWARDS) if names == ["all"] else names
 
 
-def print_table(title, columns, rows, digits):
-    """rows: pairs of a name and its numbers, one a column.  Of a file's path the end is shown."""
+def print_table(title, columns, rows, numbers, digits):
+    """numbers: a row of them for each of the rows.  Of a file's path the end is shown."""
     head = [name[-13:] if ":" in name else name[:13] for name in columns]
     print(f"{title:32}" + "".join(f"{name:>14}" for name in head))
-    for name, numbers in rows:
-        print(f"{name[:31]:32}" + "".join(f"{number:14.{digits}f}" for number in numbers))
+    for row, values in zip(rows, numbers):
+        print(f"{row[:31]:32}" + "".join(f"{value:14.{digits}f}" for value in values))
 
 
 @torch.no_grad()
@@ -268,29 +274,32 @@ def main(argv=None):
     out = flags.picture_path(config.out)
     names = reward_names(config.rewards)
     rewards = [get_reward(name, config, config.device, "--rewards") for name in names]
-    pipe = load_pipeline(config.model, config.device, config.dtype)
+    pipe = models.load_pipeline(config.model, config.device, config.dtype)
     prompts = []
     for prompt in config.prompts:
         prompts += [prompt] * config.samples
-    images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "examples", 0)).images
+    trajectory = mdp.rollout(pipe, prompts, config, "examples")
+    images = trajectory.images
 
-    scores = {name: score(reward, images, prompts, out.parent)
-              for name, reward in zip(names, rewards)}
-
+    scores = {}
+    for name, reward in zip(names, rewards):
+        scores[name] = score(reward, images, prompts, out.parent)
     shape = len(config.prompts), config.samples
-    means, correlations, within = [], [], {}
-    for i, prompt in enumerate(config.prompts):
-        means.append((prompt, [r.view(shape)[i].mean() for r in scores.values()]))
-    for name, r in scores.items():  # training compares pictures of one prompt, so this does too
-        within[name] = (r.view(shape) - r.view(shape).mean(1, keepdim=True)).flatten()
-    for name, r in within.items():
-        correlations.append((name, [spearman(r, other) for other in within.values()]))
-    print_table(f"mean of {config.samples}", scores, means, digits=3)
+    mean, within = [], []
+    for r in scores.values():
+        r = r.view(shape)
+        mean.append(r.mean(1))
+        # Training compares pictures of one prompt, so this does too.
+        within.append((r - r.mean(1, keepdim=True)).flatten())
+
+    mean = torch.stack(mean, 1)  # a row for each prompt
+    print_table(f"mean of {config.samples}", scores, config.prompts, mean, digits=3)
+    rho = []
+    for r in within:
+        rho.append([spearman(r, other) for other in within])
     print()
-    print_table("rank correlation within prompts", scores, correlations, digits=2)
+    print_table("rank correlation within prompts", scores, scores, rho, digits=2)
     figures.ranking(out, images, prompts, scores, config.show)
-    if "alignment" in scores:
-        print(judge.report(pipe.vae))
     print(f"\nPictures sorted by each reward, best to worst: {out}")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import checkpoints, flags, parallel
+from support import flags, training
 from support.models import HERE
+from support.runs import CHECKPOINT, is_finished
 from support.scoring import load_module
 
 
@@ -24,22 +25,24 @@ def train_missing(commands, out, jobs=1):
     one that has none yet is moved aside, never deleted.
     jobs: more than 1 runs that many side by side, each with its output in OUT/NAME.log.
     """
-    if parallel.processes() > 1:
+    if training.processes() > 1:
         raise ValueError("this script starts others: start it without torchrun")
     missing = {}
     for name, command in commands.items():
         folder, settings = Path(out, name), settings_of(command)
-        if is_finished(folder):
+        if is_finished(folder) or Path(folder, CHECKPOINT).is_file():
             check_settings(folder, settings)
-        elif checkpoints.files(folder):
-            check_settings(folder, settings)
+        if not is_finished(folder):
+            missing[folder] = command
+    for folder, command in missing.items():
+        if Path(folder, CHECKPOINT).is_file():
             missing[folder] = [*command, "--resume", str(folder)]
         else:
-            missing[folder] = [*command, "--name", name, "--out", str(out)]
+            move_aside(folder)
+            missing[folder] = [*command, "--name", folder.name, "--out", str(out)]
     if jobs > 1 and missing:
         return train_side_by_side(missing, jobs)
     for folder, command in missing.items():
-        make_way(folder, command)
         start(command)
         if not is_finished(folder):
             raise ValueError(f"no finished run in {folder} after {as_typed(command)}")
@@ -50,43 +53,37 @@ def train_side_by_side(commands, jobs):
 
     After one that fails none is started; those that run are waited for, then ValueError.
     """
-    waiting, running, failed = list(commands), {}, {}
+    waiting, running, failed = list(commands), {}, []
     bar = tqdm(total=len(commands), desc="runs", unit="run")
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
+        while running or waiting and not failed:
+            if waiting and not failed and len(running) < jobs:
                 folder = waiting.pop(0)
-                running[folder] = start_logged(commands[folder], folder, jobs)
+                running[folder] = start_logged(commands[folder], f"{folder}.log", jobs)
+                continue
             time.sleep(0.1)
-            for folder in [folder for folder in running if running[folder].poll() is not None]:
-                code = running.pop(folder).returncode
-                if code == 0 and is_finished(folder):
+            for folder in list(running):
+                if running[folder].poll() is not None:
+                    del running[folder]
                     bar.update()
-                else:
-                    failed[folder] = code
-                    waiting.clear()
+                    if not is_finished(folder):
+                        failed.append(folder)
     finally:
         bar.close()
         for process in running.values():  # after Ctrl-C none is left
             process.terminate()
             process.wait()
-    for folder, code in failed.items():  # the first of them
-        text = Path(f"{folder}.log").read_text(encoding="utf-8", errors="replace")
-        raise ValueError(f"exit code {code} of the command {as_typed(commands[folder])}\n"
-                         f"{folder}.log ends with: {text.strip().splitlines()[-1]}")
-
-
-def is_finished(folder):
-    """Whether a run's folder holds its summary, which is written last of all."""
-    return Path(folder, "evaluation.json").is_file()
+    if failed:
+        text = Path(f"{failed[0]}.log").read_text(encoding="utf-8", errors="replace")
+        raise ValueError(f"no finished run in {failed[0]} after {as_typed(commands[failed[0]])}\n"
+                         f"{failed[0]}.log ends with: {text.strip().splitlines()[-1]}")
 
 
 def settings_of(command):
     """Field -> value of the Config that a command's script makes of its flags and defaults."""
     script, *words = command
     module = load_module(HERE / script)  # importing a script does nothing
-    config = flags.parse(module.Config, module.__doc__, words, getattr(module, "SD", None))
-    return asdict(config)
+    return asdict(flags.parse(module.Config, module.__doc__, words, getattr(module, "SD", None)))
 
 
 def check_settings(folder, wanted):
@@ -95,18 +92,13 @@ def check_settings(folder, wanted):
     flags.check_settings(folder, saved, wanted, "move it away, or choose another --out")
 
 
-def make_way(folder, command):
-    """Moves an unfinished run aside, unless the command goes on with it."""
-    if folder.exists() and "--resume" not in command:
-        move_aside(folder)
-
-
 def move_aside(folder):
-    """Renames a folder to the first of NAME-unfinished-1, -2, ... that is free."""
+    """Renames a folder, if there is one, to the first of NAME-unfinished-1, -2, ... that is free."""
     k = 1
     while folder.with_name(f"{folder.name}-unfinished-{k}").exists():
         k += 1
-    folder.rename(folder.with_name(f"{folder.name}-unfinished-{k}"))
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}-unfinished-{k}"))
 
 
 def start(command):
@@ -118,21 +110,19 @@ def start(command):
         raise ValueError(f"exit code {ended.returncode} of the command {as_typed(command)}")
 
 
-def start_logged(command, folder, jobs):
-    """The process of one of `jobs` commands; its output goes behind what is in FOLDER.log."""
-    make_way(folder, command)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def start_logged(command, log, jobs):
+    """The process of one of `jobs` commands; its output goes behind what is in the file `log`."""
     tqdm.write(f"$ {as_typed(command)}")
-    sys.stdout.flush()
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     # Each gets its share of the cores. Two processes with two OpenMP threads each run 10 to 30
     # times slower on two cores: threads spin on a core while they wait for one that has none.
     threads = str(max(1, torch.get_num_threads() // jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}  # no bars in a log
     script, *words = command
-    with open(f"{folder}.log", "a", encoding="utf-8") as log:
-        print(f"$ {as_typed(command)}", file=log, flush=True)
+    with open(log, "a", encoding="utf-8") as file:
+        print(f"$ {as_typed(command)}", file=file, flush=True)
         return subprocess.Popen([sys.executable, "-u", str(HERE / script), *words],  # -u: in order
-                                env=env, stdout=log, stderr=subprocess.STDOUT)
+                                env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
 def as_typed(command):

@@ -1,71 +1,53 @@
 """Command line: a dataclass in, a checked Config out; every bad input one message, exit code 2.
 
 A field of the Config is a flag, the comment behind it is the flag's help (the library tyro reads
-both). LIMITS holds the range of every number by the name of its field, once for all scripts.
+both). Settings that --sd makes the defaults are in published.toml, a section for each script.
 """
 import json
-import math
 import os
 import shlex
 import sys
+import tomllib
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from support import parallel
+from support import training
 
+PUBLISHED = Path(__file__).with_name("published.toml")
 TINY = 1e-12  # stands for "above 0"
-LIMITS = {  # field -> smallest and largest value; both allowed
-    "advantage_clip": (0, math.inf),
-    "alpha": (TINY, math.inf),
-    "batch_size": (1, math.inf),
-    "best_of": (1, math.inf),
-    "beta": (0, math.inf),
-    "bert_layer": (0, math.inf),
+WHOLE = (1, 10**6)  # the range of a whole number that is not in RANGES
+REAL = (0, 1e30)  # and of any other number
+RANGES = {  # field -> smallest and largest value; both allowed
+    "advantage_clip": (0, inf),  # infinite: never clipped
+    "alpha": (TINY, 1e30),
+    "bert_layer": (0, 10**6),
     "clip_range": (0, 1 - TINY),
-    "eta": (0, 1),
-    "eval_samples": (2, math.inf),
-    "film_pictures": (1, math.inf),
-    "guidance_scale": (0, math.inf),
-    "jobs": (1, math.inf),
+    "eta": (TINY, 1),  # without noise there is no density
+    "eval_samples": (2, 10**6),
+    "groups": (2, 10**6),
+    "guidance_scale": (1, 1e30),  # 1 is none; below, the prompt would count less than without it
     "keep": (TINY, 1),
-    "keep_every": (0, math.inf),
-    "kl_bound": (TINY, math.inf),
-    "labels": (2, math.inf),
-    "learning_rate": (0, math.inf),
-    "lora_rank": (0, math.inf),
-    "max_grad_norm": (TINY, math.inf),
+    "keep_every": (0, 10**6),
+    "kl_bound": (TINY, 1e30),
+    "labels": (2, 10**6),
+    "lora_rank": (0, 10**6),
+    "max_grad_norm": (TINY, inf),
     "num_steps": (1, 1000),
-    "pictures": (100, math.inf),
-    "prompts_per_family": (1, math.inf),
-    "prompts_per_round": (1, math.inf),
-    "reward_batch_size": (1, math.inf),
-    "rounds": (1, math.inf),
-    "samples": (1, math.inf),
-    "samples_per_prompt": (1, math.inf),
+    "pictures": (100, 10**6),
     "seed": (0, 2**31 - 1),
-    "seeds": (1, math.inf),
-    "show": (1, math.inf),
-    "target_kl": (TINY, math.inf),
-    "temperature": (TINY, math.inf),
+    "target_kl": (TINY, 1e30),
+    "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
-    "train_batch_size": (1, math.inf),
-    "updates_per_round": (1, math.inf),
-    "value_rounds": (1, math.inf),
-    "weight_decay": (0, math.inf),
-    "betas": (0, math.inf),
-    "groups": (2, math.inf),
 }
-MAY_BE_INFINITE = {"advantage_clip", "max_grad_norm"}  # infinite: never clipped
-MANY, HUGE = 10**6, 1e30  # instead of an infinite limit, of whole numbers and of others
-NOT_EMPTY = {"rewards", "lora_targets"}  # flags with words behind them, of which one is needed
+NOT_EMPTY = ("rewards", "prompts", "lora_targets", "name", "resume")  # if they are given at all
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
 NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
-             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume",
-             "plan")
+             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
 MAY_CHANGE = set(NO_MATTER) - {"name", "out"}  # as a run goes on: its folder has them already
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
@@ -81,23 +63,37 @@ class MachineFlags:
 
 @dataclass(frozen=True)
 class TrainFlags(MachineFlags):
-    """Memory and folder of every training."""
+    """What every training has, whatever it learns by."""
+    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
+    num_steps: int = 10  # denoising steps T
+    eta: float = 1.0  # noise of a step: 1 is DDPM's
+    guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
+    weight_decay: float = 1e-4  # of AdamW
+    seed: int = 0  # seed of everything
     train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
-    plan: bool = False  # only print how much memory this would take, by part, and stop
     eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
     film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
     keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
     name: str | None = None  # the run's folder in --out; default: made from what is run
     out: str = "runs"  # folder of all runs
     resume: str | None = None  # folder of a run that was cut short: goes on where it stopped
+    sd: bool = False  # the published settings for the full model become the defaults
+
+
+def published(script):
+    """Field -> value of what --sd makes the defaults of a script, such as "03_ddpo"."""
+    with open(PUBLISHED, "rb") as file:
+        settings = tomllib.load(file)[script]
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()}
 
 
 def parse(Config, doc, argv=None, sd=None, quick=None):
     """Command line -> Config.  sd, quick: settings that are the defaults where --sd, --quick is.
 
-    tyro prints what it cannot read, with the flag that was perhaps meant, and exits with 2;
-    ValueError that names the flag for a number out of its range.
+    With --resume, a run's own settings are. tyro prints what it cannot read, with the flag that was
+    perhaps meant, and exits with 2; ValueError that names the flag for a number out of its range.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     for word in words:
@@ -108,16 +104,14 @@ def parse(Config, doc, argv=None, sd=None, quick=None):
         if settings and f"--{name}" in words:
             default = replace(default, **settings, **{name: True})
     config = read(Config, doc, words, default)
-    for name in ("resume", "name"):
-        if getattr(config, name, None) == "":
-            raise ValueError(f"{flag(name)} is empty")
+    check(config)
     folder = getattr(config, "resume", None)
     if folder:
         saved = saved_config(folder, Config)
         config = read(Config, doc, words, saved)
+        check(config)
         check_settings(f"--resume {folder}: it", asdict(saved), asdict(config),
                        "it goes on as it began", MAY_CHANGE)
-    check(config)
     return config
 
 
@@ -131,52 +125,37 @@ def read(Config, doc, words, default):
 def saved_config(folder, Config):
     """The Config in a run's config.json; ValueError unless this script began that run."""
     try:
-        saved = dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--resume {folder}: no run; its config.json cannot be read") from error
-    saved.pop("method", None)
-    if saved.keys() != {field.name for field in fields(Config)}:
-        raise ValueError(f"--resume {folder}: another script began this run, or another version")
-    config = Config(**{name: tuple(value) if isinstance(value, list) else value  # for JSON's lists
-                       for name, value in saved.items()})
-    try:
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        del saved["method"]
+        config = Config(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in saved.items()})
         check(config)
-    except TypeError as error:  # text where a number belongs
-        raise ValueError(f"--resume {folder}: its config.json was changed: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--resume {folder}: no run that this script began: {error}") from error
     return config
 
 
 def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
     """ValueError naming the first flag of which a run's saved settings hold another value."""
-    wanted = json.loads(json.dumps(wanted))  # so that a tuple is a list, as in what was saved
-    saved = json.loads(json.dumps(saved))
+    wanted, saved = json.loads(json.dumps([wanted, saved]))  # a tuple becomes a list, as when saved
     for name, value in wanted.items():
-        if name in ignored:
-            continue
-        if name not in saved:
-            raise ValueError(f"{source} was made by a script without {flag(name)}: {advice}")
-        if saved[name] != value:
-            raise ValueError(f"{source} was made with {flag(name)} {saved[name]}, not {value}: "
+        if name not in ignored and saved.get(name) != value:
+            raise ValueError(f"{source} was made with {flag(name)} {saved.get(name)}, not {value}: "
                              f"{advice}")
 
 
 def check(config):
-    """ValueError that names the first flag whose number is out of its range, or no number."""
+    """ValueError that names the first flag whose value is out of its range."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in NOT_EMPTY and not value:
-            raise ValueError(f"{flag(field.name)}: at least one is needed")
-        if field.name not in LIMITS:
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if number is None:
-                continue
-            low, high = LIMITS[field.name]
-            if high == math.inf and field.name not in MAY_BE_INFINITE:
-                high = MANY if isinstance(number, int) else HUGE
-            if not low <= number <= high:
-                raise ValueError(f"{flag(field.name)} must be {in_words(low, high)}, not {number}")
+        if field.name in NOT_EMPTY and value is not None and not value:
+            raise ValueError(f"{flag(field.name)} is empty")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                low, high = RANGES.get(field.name, WHOLE if isinstance(number, int) else REAL)
+                if not low <= number <= high:
+                    raise ValueError(f"{flag(field.name)} must be {in_words(low, high)}, not "
+                                     f"{number}")
 
 
 def in_words(low, high):
@@ -184,9 +163,7 @@ def in_words(low, high):
     words = "above 0" if low == TINY else f"at least {low:g}"
     if high == 1 - TINY:
         return words + " and below 1"
-    if high == math.inf:
-        return words
-    return words + (f" and at most {high}" if isinstance(high, int) else f" and at most {high:g}")
+    return words if high == inf else f"{words} and at most {high:g}"
 
 
 def flag(name):
@@ -194,22 +171,17 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def as_words(name, value):
-    """A field's value as words of a command line: ("eta", 0.5) -> ["--eta", "0.5"]."""
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [flag(name) if value else "--no-" + flag(name)[2:]]
-    if isinstance(value, tuple):
-        return [flag(name), *map(str, value)]
-    return [flag(name), str(value)]
-
-
 def words_of(config, names):
-    """The fields of these names as words of a command line."""
+    """The fields of these names as words of a command line: eta -> ["--eta", "0.5"]."""
     words = []
     for name in names:
-        words += as_words(name, getattr(config, name))
+        value = getattr(config, name)
+        if isinstance(value, bool):
+            words.append(flag(name) if value else "--no-" + flag(name)[2:])
+        elif isinstance(value, tuple):
+            words += [flag(name), *map(str, value)]
+        elif value is not None:
+            words += [flag(name), str(value)]
     return words
 
 
@@ -229,14 +201,6 @@ def picture_path(out):
     return out
 
 
-def how_to_go_on():
-    """The command that goes on with the run that is being trained, in words; or nothing."""
-    if unfinished is None:
-        return ""
-    command = shlex.join(["python", sys.argv[0], "--resume", str(unfinished)])
-    return f"; what it has finished is kept, go on with: {command}"
-
-
 def run(main):
     """main(), where bad input becomes one line on stderr and exit code 2; no memory left, too.
 
@@ -245,12 +209,11 @@ def run(main):
     """
     global unfinished
     unfinished, stderr = None, sys.stderr
-    if not parallel.is_first():
+    if not training.is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):  # a log file on Windows may have no β
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    script = Path(sys.argv[0]).name
     try:
         main()
         return
@@ -260,11 +223,13 @@ def run(main):
         # torch has a RuntimeError of its own for each device; all say what they could not allocate.
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        reason = str(error).split("\n")[0][:200]
         message, code = (f"out of memory; try a smaller --batch-size or --train-batch-size, or "
-                         f"fewer pictures ({reason})"), 2
+                         f"fewer pictures ({str(error).splitlines()[0]})"), 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
+    if unfinished:
+        command = shlex.join(["python", sys.argv[0], "--resume", str(unfinished)])
+        message += f"; what it has finished is kept, go on with: {command}"
     # Only here is all of main gone, its progress bar too: the line gets a line of its own.
-    print(f"{script}: {message}{how_to_go_on()}", file=stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=stderr)
     sys.exit(code)

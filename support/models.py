@@ -3,25 +3,27 @@
 Nothing here asks whether the model is the tiny one or the full one.
 """
 import copy
+import functools
 import json
-import math
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import nn
 
-from support import hub, parallel, training
+from support import training
 
 HERE = Path(__file__).resolve().parents[1]  # the folder of the scripts
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 LATENT_PIXELS = 1024  # H·W of all latents that the VAE decodes at once
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters are
+EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds",
+                    "encoder_hid_dim_type", "time_cond_proj_dim")
 
 
 # ---- loading --------------------------------------------------------------------------------
@@ -29,7 +31,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters 
 
 def pick_device(name=None, flag="--device"):
     """That device, or a GPU if there is one, else the CPU; ValueError if it cannot compute."""
-    parallel.connect()
+    training.connect()
     for part in (torch.backends.cuda.matmul, torch.backends.cudnn):  # NVIDIA's fast float32
         part.fp32_precision = "tf32"
     if name is None:
@@ -37,7 +39,7 @@ def pick_device(name=None, flag="--device"):
     try:
         torch.zeros(1, device=name).sum().item()
     except Exception as error:  # torch raises a type of its own for nearly each kind of device
-        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from error
     return name
 
 
@@ -54,6 +56,32 @@ def find_folder(name, file):
         if (place / file).is_file():
             return place
     return None
+
+
+@functools.cache
+def hub_answers():
+    """Whether the hub answers: asked once, before its own loaders try for a minute."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except Exception:  # no network, no such host, a proxy that refuses: each library has its own
+        return False
+    return True
+
+
+def hub_options():
+    """Options with which a loader uses earlier downloads alone, where the hub does not answer."""
+    return {} if hub_answers() else {"local_files_only": True}
+
+
+def load_error(flag, name, is_here, wanted, error):
+    """The ValueError of a loader that failed, in one line.  wanted: what the name should be."""
+    reason = " ".join(str(error).split())
+    if not is_here:
+        if not hub_answers():
+            reason = f"the hub does not answer, so only earlier downloads count; {reason}"
+        return ValueError(f"{flag} {name}: not here, nor on the Hugging Face hub; it should be "
+                          f"{wanted} ({reason})")
+    return ValueError(f"{flag} {name}: cannot be used; it should be {wanted} ({reason})")
 
 
 def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
@@ -81,13 +109,10 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
             library.utils.logging.disable_progress_bar()
     try:
         pipe = read_pipeline(folder or model)
-        check_scheduler(pipe.scheduler)
+        check_pipeline(pipe)
     except Exception as error:  # the loaders raise nearly every type there is
-        where, reason = "cannot be used", str(error).strip().split("\n")[0][:200]
-        if not folder:
-            where = f"no Stable Diffusion folder here or in {HERE}, and the hub does not help"
-            reason = hub.why(error)
-        raise ValueError(f"--model {model}: {where}: {reason}") from error
+        wanted = "a folder of Stable Diffusion 1.x/2.x in diffusers' format, or its name there"
+        raise load_error("--model", model, folder or Path(model).exists(), wanted, error) from error
     pipe.unet.eval()
     for frozen in (pipe.vae, pipe.text_encoder):
         frozen.requires_grad_(False).eval()
@@ -99,44 +124,66 @@ def read_pipeline(source):
 
     source: the Path of a folder, or else a name on the hub.
     """
-    options = {} if isinstance(source, Path) else hub.only_here()
+    options = {} if isinstance(source, Path) else hub_options()
+    if isinstance(source, Path):
+        weights = [path.name for path in source.glob("unet/*.safetensors")]
+        if weights and all(".fp16." in name for name in weights):
+            options["variant"] = "fp16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # use_safetensors: a pickled checkpoint could run any code, so none is ever opened.
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             source, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
-            **options)
+            feature_extractor=None, image_encoder=None, **options)
+        config = pipe.scheduler.config
+        if "beta_start" not in config:
+            raise ValueError(f"its scheduler {type(pipe.scheduler).__name__} is none of a DDPM: "
+                             "flow matching and its kin are not supported")
         # DDIMScheduler's own defaults (clip to ±1, end on ᾱ = 1, no offset) are for pixels: a key
         # that the file of another scheduler (v1.5 has PNDM's) leaves out must not turn into them.
         latent = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
         for key in latent:
-            latent[key] = pipe.scheduler.config.get(key, latent[key])
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **latent)
+            latent[key] = config.get(key, latent[key])
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **latent)
+    limit = pipe.text_encoder.config.max_position_embeddings
+    pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, limit)
     return pipe
 
 
-def check_scheduler(scheduler):
-    """ValueError for settings with which chapter 1's equations would not hold."""
-    config = scheduler.config
-    if config.thresholding:
-        raise ValueError("its scheduler has thresholding=True, which is not supported")
-    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction_type={config.prediction_type!r} is not supported")
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+def check_pipeline(pipe):
+    """ValueError for a model with which chapter 1's equations would not hold."""
+    unet, scheduler = pipe.unet.config, pipe.scheduler.config
+    channels = pipe.vae.config.latent_channels
+    extra = [name for name in EXTRA_CONDITIONS if unet.get(name)]
+    if extra:
+        raise ValueError(f"its UNet has a condition beside prompt and time: {extra[0]}")
+    if unet.in_channels != channels or unet.out_channels != channels:
+        raise ValueError(f"its UNet goes from {unet.in_channels} to {unet.out_channels} channels, "
+                         f"and a latent has {channels}")
+    if scheduler.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type={scheduler.prediction_type!r} is not supported")
+    if scheduler.thresholding or scheduler.clip_sample or scheduler.timestep_spacing == "linspace":
+        raise ValueError("thresholding, clip_sample and timestep_spacing=linspace are not "
+                         "supported: a step would not be chapter 1's")
+    if scheduler.rescale_betas_zero_snr and scheduler.prediction_type == "epsilon":
         raise ValueError("after rescale_betas_zero_snr=True no signal is left at the first step, "
                          "and a model that predicts epsilon cannot start there")
 
 
-def alphas_cumprod(scheduler, t):
-    """ᾱ of all training timesteps in float64 on the CPU; ValueError unless t can be looked up."""
-    if scheduler.num_inference_steps is None:
-        raise ValueError("call scheduler.set_timesteps(num_steps) before taking a step")
-    table = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    if t.min() < 0 or t.max() >= len(table):
-        raise ValueError(f"--num-steps {scheduler.num_inference_steps} does not suit this model's "
-                         f"scheduler: timesteps {t.min()}..{t.max()} leave the table "
-                         f"0..{len(table) - 1}")
-    return table
+def set_timesteps(scheduler, num_steps):
+    """scheduler.timesteps: T of them, falling.  ValueError where a step would have σ = 0.
+
+    Stable Diffusion's last step goes from t ≥ 1 to ᾱ_0 < 1, so all of its steps have σ > 0.
+    """
+    scheduler.set_timesteps(num_steps)
+    t = scheduler.timesteps
+    if t.max() >= len(scheduler.alphas_cumprod):
+        raise ValueError(f"--num-steps {num_steps} does not suit this model's scheduler: it would "
+                         f"start at t = {t.max()} of {len(scheduler.alphas_cumprod)}")
+    if t.min() < 1 or scheduler.config.set_alpha_to_one:
+        raise ValueError(f"--num-steps {num_steps} with this model's scheduler ends on a step "
+                         "without noise, which has no density: it needs steps_offset=1 or "
+                         "timestep_spacing=trailing, and set_alpha_to_one=False")
 
 
 def read_config(folder):
@@ -144,24 +191,23 @@ def read_config(folder):
     file = Path(folder, "config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
-        raise ValueError(f"{file}: not the settings of a run")
+        config["model"] + config["method"]  # both are text
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the settings of a run: {error}") from error
     return config
 
 
 def load_run(folder, device=None, dtype="float32"):
     """The tuned model of a run's folder, and its reference (see make_reference)."""
     folder = Path(folder)
-    config = read_config(folder)
+    model = read_config(folder)["model"]
     if (folder / ADAPTER).is_file():
-        pipe = load_pipeline(config["model"], device, dtype)
+        pipe = load_pipeline(model, device, dtype)
         pipe.load_lora_weights(folder, weight_name=ADAPTER)
         adapters_in_float32(pipe.unet)
         return pipe, make_reference(pipe)
     pipe = load_pipeline(folder / "model", device, dtype)
-    pretrained = load_pipeline(config["model"], device, dtype)
+    pretrained = load_pipeline(model, device, dtype)
     return pipe, make_reference(pipe, pretrained.unet)
 
 
@@ -203,18 +249,18 @@ def decode(pipe, latents):
 
     Few at a time: 16 of the tiny model, one of the full, whose decoder needs 0.8 GB for each.
     """
-    at_once = max(1, LATENT_PIXELS // latents[0, 0].numel())
-    images, mine = [None] * len(latents), []
-    for rows in parallel.share(len(latents), at_once):
-        z = (latents[rows] / pipe.vae.config.scaling_factor).to(pipe.device, pipe.vae.dtype)
+    B, _, H, W = latents.shape
+    at_once = max(1, LATENT_PIXELS // (H * W))
+    images = []
+    for first in range(0, B, at_once):
+        x_0 = latents[first:first + at_once]
+        z = (x_0 / pipe.vae.config.scaling_factor).to(pipe.device, pipe.vae.dtype)
         pixels = pipe.vae.decode(z).sample.float()
         if not pixels.isfinite().all():
             raise ValueError("a picture is not made of finite numbers; try a smaller "
                              "--learning-rate, or --dtype float32")
-        mine += rows.tolist()
-        for i, image in zip(rows, pipe.image_processor.postprocess(pixels, output_type="pil")):
-            images[i] = image
-    return parallel.all_images(images, mine)
+        images += pipe.image_processor.postprocess(pixels, output_type="pil")
+    return images
 
 
 # ---- training, and what it is measured from -------------------------------------------------
@@ -240,6 +286,11 @@ def trainable(pipe, config):
     if config.checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     return [p for p in pipe.unet.parameters() if p.requires_grad]
+
+
+def adamw(params, config):
+    """The optimizer of a training."""
+    return torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
 
 
 def adapters_in_float32(unet):
@@ -281,26 +332,3 @@ def save_trained(pipe, folder):
         pipe.save_lora_weights(folder, unet_lora_layers=layers, weight_name=ADAPTER)
     else:
         pipe.save_pretrained(Path(folder, "model"))
-
-
-class ValueNet(nn.Module):
-    """The network of chapter 4's V_φ(x_t, z, t): small convolutions, the prompt, the time.
-
-    (N,C,H,W), (N,W), (N,) -> (N,), on the device of these, wherever the network itself is.
-    """
-
-    def __init__(self, channels, prompt_width, hidden=64):
-        super().__init__()
-        self.look = nn.Sequential(nn.Conv2d(channels, hidden, 3, 1, 1), nn.SiLU(),
-                                  nn.Conv2d(hidden, hidden, 3, 2, 1), nn.SiLU(),
-                                  nn.Conv2d(hidden, hidden, 3, 2, 1), nn.SiLU(),
-                                  nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        self.judge = nn.Sequential(nn.Linear(4 * hidden + prompt_width + 8, 2 * hidden), nn.SiLU(),
-                                   nn.Linear(2 * hidden, 1))
-
-    def forward(self, x_t, c, t):
-        device = x_t.device
-        x_t, c, t = (values.to(self.judge[0].weight.device) for values in (x_t, c, t))
-        turns = math.pi * (t[:, None] / 1000 - 0.5) * torch.tensor([1, 2, 4, 8]).to(x_t)
-        features = torch.cat([self.look(x_t), c, turns.sin(), turns.cos()], 1)
-        return self.judge(features).squeeze(-1).to(device)

@@ -1,4 +1,7 @@
 """Prompt sets by name: the shape world's, both papers', files, or one prompt as it is written."""
+import csv
+import io
+import json
 import os
 from pathlib import Path
 
@@ -30,49 +33,63 @@ UNSEEN_SD = {  # the same with another noun, never trained on
     "composition": ["A cat and a cup"],
     "location": ["A lion on the moon"],
     "bias": []}
+NAMES = (*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd", "tuning")
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv")  # of the files that can be read
 
 
 def get_prompts(name):
-    """A prompt set by name, the lines of a text file, or the very prompt given, as a list.
+    """A prompt set by name, the prompts in a file, or the very prompt given, as a list.
 
     A prompt of a single word needs a space after it. ValueError names what is wrong.
     """
+    animals = [("an " if animal[0] in "aeiou" else "a ") + animal for animal in ANIMALS]
     if name in shapes.FAMILIES:
         return shapes.prompts_of(name)
     if name == "animals":
-        return animals()
+        return animals
     if name == "activities":
-        return [f"{animal} {activity}" for animal in animals() for activity in ACTIVITIES]
-    if name == "tasks":
-        return list(TASKS.values())
-    if name == "tasks_sd":
-        return list(TASKS_SD.values())
+        return [f"{animal} {activity}" for animal in animals for activity in ACTIVITIES]
+    if name in ("tasks", "tasks_sd"):
+        return list(TASKS.values() if name == "tasks" else TASKS_SD.values())
     if name == "tuning":
         return list(TUNING)
-    if " " in name and not os.path.exists(name):  # Path(name).exists() fails if it is very long
-        return [name.strip()]
-    return read_prompts(name)
+    path = os.path.expanduser(name)  # os.path, for Path fails if a name is very long
+    if os.path.isfile(path):
+        return read_prompts(path)
+    is_path = name.startswith(("./", "../", "/", "~")) or name.strip().lower().endswith(SUFFIXES)
+    if is_path or " " not in name or os.path.exists(path):
+        raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are "
+                         f"{', '.join(NAMES)}")
+    return [name.strip()]
 
 
-def animals():
-    """DDPO's animals as prompts: "a cat", "an ant"."""
-    return [("an " if animal[0] in "aeiou" else "a ") + animal for animal in ANIMALS]
-
-
-def read_prompts(name):
-    """The lines of a text file that are not empty."""
-    if not os.path.isfile(name):  # Path(name).is_file() fails if it is very long
-        known = ", ".join([*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd",
-                           "tuning"])
-        raise ValueError(f"--prompts {name:.200}: no such file, and no prompt set; those are "
-                         f"{known}")
+def read_prompts(file):
+    """The prompts in a file: one a line, or what JSON, JSON lines or CSV have as `prompt`."""
+    kind = Path(file).suffix.lower()
+    if kind not in ("", *SUFFIXES):
+        raise ValueError(f"--prompts {file}: a file of prompts ends in {', '.join(SUFFIXES)}")
     try:
-        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {name}: not a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        text = Path(file).read_text(encoding="utf-8-sig")
+        entries = [line for line in text.split("\n") if line.strip()]
+        if kind == ".json":
+            entries = json.loads(text)
+        elif kind == ".jsonl":
+            entries = [json.loads(line) for line in entries]
+        elif kind == ".csv":
+            entries = list(csv.DictReader(io.StringIO(text), strict=True))
+        if not isinstance(entries, list):
+            raise ValueError("it holds no list")
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"--prompts {file}: cannot be read as UTF-8 and "
+                         f"{kind[1:] or 'text'}: {error}") from error
+    prompts = []
+    for n, entry in enumerate(entries, 1):
+        prompt = entry.get("prompt") if isinstance(entry, dict) else entry
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"--prompts {file}: entry {n} has no text as its 'prompt'")
+        prompts.append(prompt.strip())
     if not prompts:
-        raise ValueError(f"--prompts {name}: the file has no prompt in it")
+        raise ValueError(f"--prompts {file}: the file has no prompt in it")
     return prompts
 
 

@@ -4,6 +4,7 @@ Nothing here is a lesson. Each class takes the sizes of its layers from the weig
 published model and its tiny twin are the same code. Whatever is missing, left over or misshapen in
 a file becomes one ValueError: the flag, the file, the key, and where the right file comes from.
 """
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from support import hub
+from support import models
 from tiny_sd import judge
 
 HERE = Path(__file__).resolve().parents[1]  # the scripts' folder
@@ -38,15 +39,12 @@ def read_weights(name, flag, source):
     try:
         if path is None:
             owner, repo, *file = str(name).split("/")
-            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **hub.only_here()))
+            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **models.hub_options()))
         safe = path.suffix == ".safetensors"
         weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         return {str(key): v.float() if v.is_floating_point() else v for key, v in weights.items()}
     except Exception as error:  # a bad name, no network, no such format: one to the reader
-        problem, reason = "cannot read it", f"{type(error).__name__}: {error}".split("\n")[0][:160]
-        if path is None:
-            problem, reason = "no such file", hub.why(error)
-        raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
+        raise models.load_error(flag, name, path, source, error) from error
 
 
 def load_exactly(model, weights, where):
@@ -76,13 +74,10 @@ def from_hub(kind, name, flag, source, **options):
     show_progress()
     try:
         if find(name) is None:
-            options |= hub.only_here()
+            options |= models.hub_options()
         return kind.from_pretrained(find(name) or name, **options)
     except Exception as error:  # the loaders raise nearly every type there is
-        problem, reason = "cannot be used", str(error).strip().split("\n")[0][:160]
-        if find(name) is None:
-            problem, reason = "no such folder, and the hub does not help", hub.why(error)
-        raise ValueError(f"{flag} {name}: {problem}; it should be {source} ({reason})") from error
+        raise models.load_error(flag, name, find(name), source, error) from error
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
@@ -301,3 +296,25 @@ class Llava:
 
 def load_vlm(name, device, at_once=32):
     return Judge() if name == "judge" else Llava(name, device, at_once)
+
+
+def load_questions(file):
+    """prompt -> [[question, right answer], ...], from a JSON file, else the shape world's."""
+    if file is None:
+        return judge.questions
+    flag = f"--vlm-questions {file}"
+    try:
+        known = json.loads((find(file) or Path(file)).read_text(encoding="utf-8"))
+        for pairs in known.values():
+            for pair in pairs:
+                question, answer = map(str.strip, pair)  # TypeError of what is no text
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{flag}: it must read {{prompt: [[question, answer], ...]}}, but {error}"
+                         ) from error
+
+    def questions(prompt):
+        if not known.get(prompt):
+            raise ValueError(f"{flag}: nothing for the prompt {prompt!r}")
+        return known[prompt]
+
+    return questions

@@ -1,19 +1,29 @@
-"""Randomness by address, minibatches of pictures, and one optimizer step.
+"""Randomness by address, the prompts of a round, and which process computes what.
 
 All randomness is a pure function of (seed, purpose, round, sample): nothing is passed around, and
 nothing has to be saved. So the noise of an evaluation can never be that of a training, and neither
 batches nor the number of processes change a picture.
+
+`torchrun --nproc-per-node N 03_ddpo.py ...` starts N processes with the same weights. Each draws,
+scores and learns from its own pictures; only rewards are gathered and gradients summed. The first
+process alone writes and prints. Without torchrun there is one process, and nothing is sent.
 """
+import functools
+import os
+
 import numpy as np
 import torch
-
-from support import parallel
+import torch.distributed as dist
+from PIL import Image
 
 PURPOSES = (  # what random numbers are for; the place in this list is part of their address
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
     "adapters", "value", "value batches", "fixed set", "sft batches", "sft noise", "bootstrap",
     "pretrain", "make", "frontier", "labels", "truth")
 WORD = 2**32
+
+
+# ---- randomness by address ------------------------------------------------------------------
 
 
 def random_stream(seed, purpose, n=0, i=0):
@@ -35,9 +45,27 @@ def gaussian(shape, seed, purpose, n=0, i=0):
     return torch.from_numpy(z)
 
 
+def gaussians(rows, shape, seed, purpose, n=0):
+    """z ~ N(0, I) for each sample in rows, at its address.  -> (len(rows), *shape)"""
+    return torch.stack([gaussian(shape, seed, purpose, n, i) for i in rows.tolist()])
+
+
+def permutation(size, seed, purpose, n=0, i=0):
+    """0 ... size−1 in an order drawn at an address, as a tensor."""
+    return torch.from_numpy(random_stream(seed, purpose, n, i).permutation(size))
+
+
+def permutations(rows, size, seed, purpose, n=0):
+    """An order of 0 ... size−1 for each sample in rows, at its address.  -> (len(rows), size)"""
+    return torch.stack([permutation(size, seed, purpose, n, i) for i in rows.tolist()])
+
+
 def torch_seed(seed, purpose):
     """A seed for torch's global generator, where a library draws first weights from it."""
     return int(random_stream(seed, purpose).integers(2**31))
+
+
+# ---- prompts, means -------------------------------------------------------------------------
 
 
 def prompts_of_round(prompts, config, n):
@@ -49,7 +77,7 @@ def prompts_of_round(prompts, config, n):
     first = n * config.prompts_per_round
     for place in range(first, first + config.prompts_per_round):
         passes, position = divmod(place, len(prompts))
-        order = random_stream(config.seed, "prompts", passes).permutation(len(prompts))
+        order = permutation(len(prompts), config.seed, "prompts", passes)
         chosen += [prompts[order[position]]] * config.samples_per_prompt
     return chosen
 
@@ -57,58 +85,9 @@ def prompts_of_round(prompts, config, n):
 def spread_evenly(prompts, samples):
     """`samples` prompts: all in turn, or evenly spaced ones where there are more; [] of none."""
     P = len(prompts)
-    if P == 0:
-        return []
     if P > samples:
         return [prompts[i * P // samples] for i in range(samples)]
-    return [prompts[i % P] for i in range(samples)]
-
-
-def minibatches(samples, updates, seed, n):
-    """Round n's pictures, shuffled and split into as many index tensors as there are updates.
-
-    By picture, not by (picture, step): so no picture of the first update comes back in the second.
-    """
-    order = random_stream(seed, "minibatches", n).permutation(samples)
-    return torch.from_numpy(order).tensor_split(updates)
-
-
-def step_pairs(pictures, steps, config, n):
-    """(picture, step) of all steps that these pictures are trained on: index tensors (M,), (M,).
-
-    A timestep_fraction below 1 keeps that share of the T steps, drawn anew for each picture.
-    """
-    kept = max(1, round(config.timestep_fraction * steps))
-    i, k = [], []
-    for picture in pictures.tolist():
-        order = random_stream(config.seed, "timesteps", n, picture).permutation(steps)
-        i += [picture] * kept
-        k += order[:kept].tolist()
-    return torch.tensor(i), torch.tensor(k)
-
-
-def batches(i, k, batch_size):
-    """Index tensors (M,), (M,), batch_size of their pairs at a time; of N processes, a share."""
-    for rows in parallel.share(len(i), batch_size):
-        yield i[rows], k[rows]
-
-
-def optimizer_step(optimizer, params, config):
-    """One step along the gradient of all processes, scaled down to max_grad_norm if it is longer.
-
-    -> its norm before that, and whether it was scaled: both belong in the log, because a bound
-    that always acts fixes the length of every step whatever the rewards are.
-    """
-    for p in params:
-        if p.grad is None:  # this process had no picture of this update, or none that teaches
-            p.grad = torch.zeros_like(p)
-    parallel.total_gradients(params)
-    norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-    if not norm.isfinite():
-        raise ValueError(f"the gradient is {norm.item()}; try a smaller --learning-rate")
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"grad_norm": norm.item(), "grad_clipped": float(norm > config.max_grad_norm)}
+    return [prompts[i % P] for i in range(samples)] if P else []
 
 
 def mean_se(values):
@@ -117,3 +96,91 @@ def mean_se(values):
     if len(values) < 2:
         return values.mean().item(), float("nan")
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+# ---- processes ------------------------------------------------------------------------------
+
+
+def processes():
+    """N, the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which process this is, 0 to N−1; a RANK that a cluster left without WORLD_SIZE is none."""
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
+
+
+def is_first():
+    return rank() == 0
+
+
+def only_first(function):
+    """The function, but in other processes than the first it does nothing, and gives None."""
+    @functools.wraps(function)
+    def first(*arguments):
+        return function(*arguments) if is_first() else None
+
+    return first
+
+
+def connect():
+    """Meets the other processes, once; each has a GPU of its own where there are any."""
+    if processes() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+
+
+def is_mine(i):
+    """Whether this process draws, scores and learns from picture i of a round.  (N,) -> (N,)"""
+    return i % processes() == rank()
+
+
+def mine(B):
+    """Those of the pictures 0 ... B−1 that are mine."""
+    return torch.arange(rank(), B, processes())
+
+
+def batches(i, k, batch_size):
+    """Those (picture, step) pairs whose picture is mine, batch_size at a time.  (M,), (M,)"""
+    own = is_mine(i)
+    yield from zip(i[own].split(batch_size), k[own].split(batch_size))
+
+
+def total(*tensors):
+    """Adds up, in place and in each process, what every process has in these tensors.
+
+    Where each has filled its own places and left 0 in the others', this fills all of them.
+    """
+    if processes() > 1:
+        connect()
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def total_gradients(params):
+    """Adds up the gradients of all processes, in one message; a missing one counts 0."""
+    params = list(params)
+    for p in params:
+        if p.grad is None:  # no picture of this process had anything to teach
+            p.grad = torch.zeros_like(p)
+    if processes() > 1:
+        together = torch.cat([p.grad.flatten() for p in params])
+        total(together)
+        for p, grad in zip(params, together.split([p.numel() for p in params])):
+            p.grad.copy_(grad.view_as(p))
+
+
+def all_images(images):
+    """B pictures of one size, of which this process has its own, and None in the others' places."""
+    if processes() == 1:
+        return images
+    size = torch.tensor(images[0].size if is_first() else (0, 0))  # the first has picture 0
+    total(size)
+    width, height = size.tolist()
+    pixels = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
+    for i in mine(len(images)).tolist():
+        pixels[i] = torch.from_numpy(np.array(images[i]))
+    total(pixels)
+    return [Image.fromarray(picture) for picture in pixels.numpy()]

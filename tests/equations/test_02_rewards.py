@@ -101,9 +101,9 @@ def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
         weights[f"layers.{layer}.weight"] = torch.randn(rows, columns) / columns**0.5
         weights[f"layers.{layer}.bias"] = torch.randn(rows)
     torch.save(weights, tmp_path / "linearMSE.pth")
-    models = rewards.RewardFlags(clip=str(tmp_path),
+    config = rewards.RewardFlags(clip=str(tmp_path),
                                  aesthetic_weights=str(tmp_path / "linearMSE.pth"))
-    got = rewards.score(rewards.get_reward("aesthetic", models, "cpu"), images, ["x"] * 3)
+    got = rewards.score(rewards.get_reward("aesthetic", config, "cpu"), images, ["x"] * 3)
     with torch.no_grad():
         f = clip.visual_projection(clip.vision_model(clip_input(images)).pooler_output)
     x = f / f.square().sum(1, keepdim=True).sqrt()
@@ -185,8 +185,8 @@ def test_image_reward_is_the_original_model(tmp_path):
     vocabulary = {word: i for i, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
     prompts = ["a red circle", "a blue star", " ".join(["red"] * 60)]
-    models = rewards.RewardFlags(image_reward_weights=str(file))
-    got = rewards.score(rewards.get_reward("image_reward", models, "cpu"), images, prompts)
+    config = rewards.RewardFlags(image_reward_weights=str(file))
+    got = rewards.score(rewards.get_reward("image_reward", config, "cpu"), images, prompts)
     ids = torch.tensor([[2, 5, 6, 8, 3] + [0] * 30, [2, 5, 7, 9, 3] + [0] * 30,
                         [2] + [6] * 33 + [3]])
     want = image_reward_by_hand(weights, clip_input(images), ids, (ids != 0).long())
@@ -254,12 +254,12 @@ def test_vlm_strict_is_the_share_of_right_answers():
 
 
 def test_the_judge_answers_where_it_is_the_vlm():
-    models = rewards.RewardFlags(vlm="judge")
+    config = rewards.RewardFlags(vlm="judge")
     prompts = ["a blue square and a yellow circle", "two red circles", "two blue squares"]
     images = [TWO_KINDS, ONE, THREE]
-    strict = rewards.score(rewards.get_reward("vlm_strict", models, "cpu"), images, prompts)
+    strict = rewards.score(rewards.get_reward("vlm_strict", config, "cpu"), images, prompts)
     assert strict.tolist() == [1, 1 / 2, 0]
-    said = rewards.score(rewards.get_reward("vlm_alignment", models, "cpu"), images, prompts)
+    said = rewards.score(rewards.get_reward("vlm_alignment", config, "cpu"), images, prompts)
     assert said[0].item() == pytest.approx(1, abs=1e-5) and said[2] < 0.9
 
 
@@ -328,11 +328,11 @@ def run(pipe, tmp_path, monkeypatch, capsys):
         rewards.main(["--rewards", *rewards_of_mine.replace("mine", str(file)).split(),
                       "--out", str(tmp_path / "a.png"), *words.split(), "--prompts", *PROMPTS])
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-        return rows, *sys.modules["reward_mine"].calls[-1]
+        return rows, *sys.modules[file.stem].calls[-1]
 
-    file = tmp_path / "mine.py"
+    file = tmp_path / f"{tmp_path.name}.py"
     file.write_text(MINE)
-    monkeypatch.setattr(rewards, "load_pipeline", lambda *names: pipe)
+    monkeypatch.setattr(rewards.models, "load_pipeline", lambda *names: pipe)
     return main
 
 

@@ -1,5 +1,5 @@
 """A reward from a name, a sum or a file, and its numbers, checked: with a table of our own."""
-import math
+import os
 import re
 
 import numpy as np
@@ -13,119 +13,128 @@ from support.scoring import RewardFlags, score
 
 class Numbers:
     """A learned reward: its batches are kept, its value is 100·picture + prompt."""
-    made, batches = [], []
+    batches = []
 
-    def __init__(self, models, device):
-        self.made.append((models, device))
-        self.weight = torch.ones((), requires_grad=True)
+    def __init__(self, config, device):
+        assert (config.clip, device) == ("mine", "cpu")
 
     def __call__(self, images, prompts):
+        assert not torch.is_grad_enabled()
         self.batches.append(len(images))
         values = [100 * image + int(prompt) for image, prompt in zip(images, prompts, strict=True)]
-        values = self.weight * torch.tensor(values)
-        assert not values.requires_grad
-        return values
+        return torch.tensor(values)
 
 
-def length(images, prompts):
-    return [len(prompt) for prompt in prompts]
-
-
-def broken(images, prompts):
-    return [1.0, math.nan]
-
-
-TABLE = {"length": length, "numbers": Numbers, "broken": broken}
+TABLE = {"numbers": Numbers, "length": lambda images, prompts: [len(p) for p in prompts]}
 PICTURES = [Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")]
 
 
 def get(spec, flag="--reward"):
-    return scoring.get_reward(spec, TABLE, RewardFlags(clip="mine"), "cpu", flag)
+    return scoring.get_reward(TABLE, spec, RewardFlags(clip="mine"), "cpu", flag)
 
 
-@pytest.mark.parametrize("spec, times", [("numbers", 1), ("numbers=2,numbers=0.5", 2.5)])
-def test_every_batch_gets_its_own_prompts_and_no_gradient(spec, times):
-    Numbers.made.clear(), Numbers.batches.clear()
-    pictures = list(range(70))
-    reward = get(spec)
-    got = score(reward, pictures, [str(n) for n in pictures])
-    assert got.tolist() == [times * 101 * n for n in pictures] and reward.__name__ == spec
-    terms = spec.count("numbers")
-    assert Numbers.made == [(RewardFlags(clip="mine"), "cpu")] * terms
-    assert Numbers.batches == [32, 32, 6] * terms
+@pytest.fixture
+def file(tmp_path):
+    """A path that no other test's module has the name of."""
+    return tmp_path / f"{tmp_path.name}.py"
 
 
 @pytest.mark.equation("weighted sum", "support.scoring.weighted_sum")
-def test_a_sum_weighs_each_term_with_its_own_weight():
-    got = score(get("length=2,numbers=-0.5"), [1, 3], ["7", "12"])
-    assert got.tolist() == [2 * 1 - 0.5 * 107, 2 * 2 - 0.5 * 312] and got.dtype == torch.float64
+def test_a_sum_weighs_each_term_and_every_batch_gets_its_own_prompts():
+    Numbers.batches.clear()
+    pictures, prompts = list(range(70)), [f"{n}" for n in range(70)]
+    r = score(get("numbers=2,length=-0.5"), pictures, prompts)
+    assert r.tolist() == [2 * 101 * n - len(prompts[n]) / 2 for n in pictures]
+    assert r.dtype == torch.float64 and Numbers.batches == [32, 32, 6]
 
 
-@pytest.mark.parametrize("spec, problem", [
-    ("beauty", "length, numbers, broken"), ("length=1,beauty=2", "beauty"), ("length=x", "'x'"),
-    ("length=1,,", "''"), ("no_such.py:f", "no_such.py")])
-def test_bad_specs_are_named(spec, problem):
-    with pytest.raises(ValueError, match="^--gold " + re.escape(spec)) as error:
+@pytest.mark.parametrize("spec", ["beauty", "length=1,beauty=2", "length=x", "length=1,,",
+                                  "none.py:f"])
+def test_what_is_no_reward_is_named_with_its_flag(spec):
+    with pytest.raises(ValueError, match="^--gold .*(unknown|no weight|no file)") as error:
         get(spec, "--gold")
-    assert problem in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_reward_from_a_file_alone_and_in_a_sum(tmp_path):
-    folder = tmp_path / "lr=3"  # this = is no weight
-    folder.mkdir()
-    (folder / "neighbor_of_mine.py").write_text("from builtins import len as length\n")
-    file = folder / "mine.py"
-    file.write_text("from __future__ import annotations\n"
-                    "from dataclasses import dataclass\nfrom neighbor_of_mine import length\n"
+def test_a_file_is_a_module_of_its_own_name_which_processes_and_dataclasses_find(file):
+    (file.parent / "neighbor.py").write_text("from builtins import len as length\n")
+    file.write_text("from __future__ import annotations\nimport multiprocessing\n"
+                    "from dataclasses import dataclass\nfrom neighbor import length\n"
                     "@dataclass\nclass Config:\n    k: int = 2\n"
+                    "def one(prompt):\n    return Config().k * length(prompt)\n"
                     "def f(images, prompts):\n"
-                    "    yield from (Config().k * length(p) for p in prompts)\n")
-    for spec, want in ((f"{file}:f", [6, 2]), (f"{file}:f=2,length=0.5", [13.5, 4.5])):
-        assert score(get(spec), PICTURES, ["abc", "x"]).tolist() == want
+                    "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+                    "        yield from pool.map(one, prompts)\n")
+    assert score(get(f"{file}:f=2,length=1"), PICTURES, ["abc", "x"]).tolist() == [15, 5]
 
 
-@pytest.mark.parametrize("text, problem", [
-    ("def f(:", "SyntaxError"), ("\n1 / 0", "ZeroDivisionError: .*mine.py:2"),
-    ("g = 1", "AttributeError: .*'f'"), ("f = 1", "TypeError: f is not a function")])
-def test_a_file_that_does_not_run_is_named(text, problem, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=f"--reward .*mine.py:f: {problem}"):
+@pytest.mark.parametrize("name", ["support", "statistics", "a.b"])
+def test_a_name_that_python_knows_otherwise_is_refused(name, tmp_path):
+    file = tmp_path / f"{name}.py"
+    file.write_text("def f(images, prompts):\n    return [0] * len(images)\n")
+    with pytest.raises(ValueError, match=f"--reward {file}:f: rename {file}"):
         get(f"{file}:f")
 
 
-@pytest.mark.parametrize("sum_", ["", "=2,length=1"])
-@pytest.mark.parametrize("arguments, line, problem", [
-    ("images, prompts", "raise ValueError('of\\nmine')", "ValueError: of mine"),
-    ("images, prompts", "helper()", "TypeError: no"),
-    ("images, prompts", "yield 1 / 0", "ZeroDivisionError: division by zero"),
-    ("images", "return 1, 2", "TypeError: f() takes 1 positional argument but 2 were given")])
-def test_what_goes_wrong_inside_is_named_with_its_line(arguments, line, problem, sum_, tmp_path):
-    (tmp_path / "helps_mine.py").write_text("def helper():\n    raise TypeError('no')\n")
-    file = tmp_path / "mine.py"
-    file.write_text(f"from helps_mine import helper\ndef f({arguments}):\n    {line}\n")
-    with pytest.raises(ValueError) as error:
-        score(get(f"{file}:f{sum_}"), PICTURES, ["a", "b"])
-    number = 3 if "prompts" in arguments else 2  # where the function starts, if it never ran
-    assert str(error.value) == f"reward {file}:f: {problem} ({file}:{number})"
+CHANGES = """
+import os, torch
+def change():
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    os.chdir("/")
+change()
+def f(images, prompts):
+    change()
+    images.clear()
+    yield from (1.0, 2.0)
+def bad(images, prompts):
+    change()
+    1 / 0
+"""
+
+
+def test_what_a_file_changes_in_the_process_is_set_back_after_import_and_each_call(file):
+    def state():
+        return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(),
+                os.getcwd())
+
+    before = state()
+    file.write_text(CHANGES)
+    images = list(PICTURES)
+    assert score(get(f"{file}:f"), images, ["a", "b"]).tolist() == [1, 2]
+    with pytest.raises(ValueError):
+        score(get(f"{file}:bad"), images, ["a", "b"])
+    assert state() == before and images == PICTURES
+
+
+@pytest.mark.parametrize("text, last", [
+    ("def f(:", "SyntaxError"), ("\n1 / 0", "ZeroDivisionError"), ("raise SystemExit(3)", ": 3"),
+    ("def f(images):\n    return 1, 2", "TypeError: f.. takes 1 positional argument"),
+    ("def f(images, prompts):\n    raise ValueError('of\\nmine')", "ValueError: of\nmine"),
+    ("def f(images, prompts):\n    yield 1 / 0", "ZeroDivisionError: division by zero"),
+    ("def f(images, prompts):\n    pass", "TypeError: 'NoneType'.*"),
+    ("def f(images, prompts):\n    return 'ab'", "ValueError: could not convert .*'a'"),
+    ("def f(images, prompts):\n    return [[1, 2], 3]", "TypeError: float.*")])
+def test_a_file_that_fails_shows_pythons_traceback_behind_its_name(text, last, file):
+    file.write_text(text)
+    line = rf"(--)?reward {file}:f failed:\nTraceback .*\n\w*{last}"
+    with pytest.raises(ValueError, match=re.compile(line, re.DOTALL)):
+        score(get(f"{file}:f"), PICTURES, ["a", "b"])
 
 
 @pytest.mark.parametrize("values, problem", [
-    ([1.0], "1 numbers for 2"), ([1.0, 2.0, 3.0], "3 numbers for 2"), ([1.0, math.nan], "nan.*'b'"),
-    ([math.inf, 0.0], "inf.*'a'"), (None, "not a number"), (["x", 1], "not a number")])
-def test_broken_rewards_are_named(values, problem, tmp_path):
-    def mine(images, prompts):
-        return values
-
-    with pytest.raises(ValueError, match="^reward mine: .*" + problem):
-        score(mine, PICTURES, ["a", "b"], tmp_path)
-
-
-@pytest.mark.parametrize("spec", ["length=1,broken=0.5", "broken"])
-def test_the_reward_or_term_is_named_and_its_picture_saved(spec, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = "runs" if "=" in spec else "new/one"
-    file = f"{folder}/bad_reward.png"
-    with pytest.raises(ValueError, match=f"^reward broken: gave nan.*'a blue star': see {file}"):
-        score(get(spec), PICTURES, ["x", "a blue star"], folder)
-    assert np.array_equal(np.array(Image.open(file)), np.array(PICTURES[1]))
+    ("[1]", "1 numbers for 2"), ("iter(int, 1)", "3 numbers for 2"), ("[3, nan]", "nan.*'b'"),
+    ("torch.tensor([inf, 0])", "inf.*'a'")])
+def test_b_finite_numbers_are_wanted_and_the_bad_picture_is_saved(values, problem, file,
+                                                                  monkeypatch):
+    monkeypatch.chdir(file.parent)
+    file.write_text(f"import torch\nfrom math import inf, nan\ndef f(i, p):\n    return {values}\n")
+    for spec in (f"{file}:f", f"length=1,{file}:f=2"):  # a term of a sum is named too
+        with pytest.raises(ValueError, match=f"^reward {file}:f: {problem}"):
+            score(get(spec), PICTURES, ["a", "b"])
+    if "numbers" not in problem:
+        bad = np.array(Image.open("runs/bad_reward.png"))
+        assert np.array_equal(bad, PICTURES["b" in problem])
+    with pytest.raises(ValueError, match="see new/bad_reward.png|numbers for"):
+        score(get(f"{file}:f"), PICTURES, ["a", "b"], "new")
