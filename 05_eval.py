@@ -215,8 +215,7 @@ def plan(config):
 def draw(pipe, requests, config, k=0):
     """Pictures on the noise of config.seed: the same for every model, drawn by no training."""
     prompts = [request["prompt"] for request in requests]
-    noise = (config.seed, "compare", k)
-    return mdp.rollout(pipe, prompts, config, noise)
+    return mdp.rollout(pipe, prompts, config, "compare", k)
 
 
 def evaluate(pipe, reference, requests, measures, config):

@@ -20,8 +20,8 @@ CAPTIONS = {  # figure -> what it shows
     "same_seeds": "The same noise in each column, a row a model (DPOK, Figure 2). Only best of n "
                   "chose, from this noise and others.",
     "scores": "On the prompts that were trained on (DPOK, Figure 3). Dotted: the pretrained model.",
-    "queries": "Reward of the pictures drawn in training against reward queries (DDPO's curves): "
-               "mean of three rounds. Bands: standard deviation over seeds.",
+    "queries": "Reward on fresh noise against the reward queries that training has paid (DDPO's "
+               "curves). Bands: standard deviation over seeds.",
     "generalization": "Gold on prompts that were trained on (seen) and on others of their family.",
     "best_of_n": "Best of n pays n queries for every picture; the trained models have paid once."}
 STYLE = """body { font: 16px/1.4 sans-serif; max-width: 1100px; margin: auto; padding: 0 12px }
@@ -86,7 +86,7 @@ def table_of(summary, folders):
 
 
 def as_text(lines, names, width=100):
-    """The first column and those of these names, as many of them as fit the width.  -> lines of text"""
+    """The first column and those of these names that fit the width.  -> lines of text"""
     shown = [[line[0][:24].ljust(24) for line in lines]]
     for name in names:
         column = [line[lines[0].index(name)] for line in lines if name in lines[0]]
@@ -103,18 +103,6 @@ def sentence_of(claim):
 
 
 # ---- files ----------------------------------------------------------------------------------
-
-
-def write_csv(path, rows):
-    """One line a dict; no file without rows, not even an earlier one."""
-    path = Path(path)
-    path.unlink(missing_ok=True)
-    if rows:
-        names = dict.fromkeys(name for row in rows for name in row)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(names))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def read_csv(path):
@@ -139,15 +127,21 @@ def write(config, rows, claims, folders, images):
     samples = []
     for model, pictures in rows.items():
         samples += [{"model": model} | row for row in pictures]
-    for claim in claims:
-        claim |= {name: f"{claim[name]:.4g}" for name in ("mean", "low", "high", "p", "holm")}
-    write_csv(out / "samples.csv", samples)
-    write_csv(out / "table.csv", [dict(zip(table[0], line)) for line in table[1:]])
-    write_csv(out / "claims.csv", claims)
+    runs.write_rows(out / "samples.csv", samples)
+    runs.write_rows(out / "table.csv", [dict(zip(table[0], line)) for line in table[1:]])
+    (out / "claims.csv").unlink(missing_ok=True)
+    if claims:
+        runs.write_rows(out / "claims.csv", [rounded(claim) for claim in claims])
     draw(config, rows, summary, folders, images)
     write_page(config, table, sentences)
     names = ("reward", "gold", "path_kl", "queries", "gold unseen", "diversity", "evaluations")
     return [*as_text(table, names), NOTE, "", *sentences]
+
+
+def rounded(row):
+    """A dict with four digits of each number that has decimals."""
+    return {name: f"{value:.4g}" if isinstance(value, float) else value
+            for name, value in row.items()}
 
 
 def write_page(config, table, sentences):
@@ -187,7 +181,7 @@ def draw(config, rows, summary, folders, images):
     curves = {}
     for model, folder in folders[0].items():
         if models.read_config(folder)["reward"] == config.reward:  # else on no axis with others
-            curves[model] = [runs.read_rows(Path(its[model], "metrics.csv")) for its in folders]
+            curves[model] = [runs.read_rows(Path(its[model], "fresh.csv")) for its in folders]
     if curves:
         draw_queries(paths["queries"], curves, config.reward)
     if not config.runs:
@@ -231,14 +225,14 @@ def draw_dots(path, summary, panels):
 
 
 def draw_queries(path, curves, reward):
-    """A line for each model: the reward's mean over three rounds and over seeds."""
+    """A line for each model.  curves: model -> lines of fresh.csv, a list for each seed"""
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     ax = figure.subplots()
     for k, (model, seeds) in enumerate(curves.items()):
+        x = [row["queries"] for row in seeds[0]]
         r = np.array([[row["reward"] for row in rows] for rows in seeds])
-        r = np.stack([r[:, max(0, n - 2):n + 1].mean(1) for n in range(r.shape[1])])
-        x, mean, spread = [row["queries"] for row in seeds[0]], r.mean(1), r.std(1)
-        ax.plot(x, mean, DASHES[k % 4], label=model)
+        mean, spread = r.mean(0), r.std(0)
+        ax.plot(x, mean, DASHES[k % 4], marker=".", label=model)
         ax.fill_between(x, mean - spread, mean + spread, alpha=0.12)
     ax.set(xlabel="reward queries", ylabel=reward)
     ax.grid(alpha=0.3)

@@ -13,13 +13,12 @@ class Measures:
     """
 
     def __init__(self, config, rewards, diversity):
-        device = models.pick_device(config.device)
         self.chapter, self.diversity, self.folder = rewards, diversity, config.out
-        self.rewards = {"reward": rewards.get_reward(config.reward, config, device),
-                        "gold": rewards.get_reward(config.gold, config, device, "--gold")}
+        self.rewards = {"reward": rewards.get_reward(config.reward, config),
+                        "gold": rewards.get_reward(config.gold, config, flag="--gold")}
         for name in config.others:
-            self.rewards[name] = rewards.get_reward(name, config, device, "--others")
-        self.clip = nets.load_clip(config.clip).to(device)
+            self.rewards[name] = rewards.get_reward(name, config, flag="--others")
+        self.clip = nets.load_clip(config.clip).to(models.pick_device(config.device))
 
     def score(self, column, images, prompts):
         """One reward's numbers.  -> (B,)"""
