@@ -19,7 +19,7 @@ the pay of a step whose ratio has gone far enough. It does not hold θ back: `kl
 
 RUN `python 03_ddpo.py`: the tiny model learns to put shapes where the prompt says. EXPECT alignment
 to gain 0.25 on fresh noise, in three minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
-DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published code's, `per_dim`, is
+DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
 mean as baseline (the paper's is `running`); each pair of picture and step is used once.
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
@@ -47,8 +47,8 @@ class PolicyGradient(rewards.RewardFlags, flags.TrainFlags):
     """What this chapter and the next have in common."""
     clip_range: float = 0.2  # ε of PPO's clip
     ratio: Literal["exact", "per_dim"] = "exact"  # exp(Δ log p), or exp(Δ log p / D)
-    step_weight: Literal["none", "sigma"] = "sigma"  # none: the paper; sigma: equal steps
-    timestep_fraction: float = 1.0  # share of each picture's steps to train on, at random
+    step_weight: Literal["none", "sigma"] = "sigma"  # none: as published; sigma: equal
+    timestep_fraction: float = 1.0  # share of a picture's steps to train on, at random
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def running_advantage(reward, prompts, history, keep=32, min_count=16):
         if len(history[prompt]) >= min_count:
             known = r.new_tensor(history[prompt])
         center = known.mean()
-        A[i] = (r[i] - center) / spread(known)
+        scale = spread(known)
+        A[i] = (r[i] - center) / scale
     return A
 
 
@@ -136,14 +137,15 @@ def advantages(reward, prompts, history, config):
 # ---- the gradient's terms: (picture, step) pairs --------------------------------------------
 
 
-def step_weights(scheduler, config):
+def step_weights(pipe, config):
     """(σ_t/κ_t) / mean(σ/κ), κ_t = |∂μ_θ/∂ε|: step weights `sigma`, or all 1.  -> (T,)"""
-    models.set_timesteps(scheduler, config.num_steps)
-    t = scheduler.timesteps
-    weight = 1 / mdp.noise_weight(scheduler, t, config.eta)
+    models.set_timesteps(pipe.scheduler, config.num_steps)
+    t = pipe.scheduler.timesteps
+    weight = 1 / mdp.noise_weight(pipe.scheduler, t, config.eta)
     if config.step_weight == "none":
         weight = torch.ones_like(weight)
-    return (weight / weight.mean()).float()
+    weight = weight / weight.mean()
+    return weight.float().to(pipe.device)
 
 
 def step_pairs(pictures, config, n):
@@ -197,7 +199,7 @@ def reinforce(config):
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
     params = models.trainable(pipe, config)
     optimizer = models.adamw(params, config)
-    step_weight = step_weights(pipe.scheduler, config).to(pipe.device)
+    step_weight = step_weights(pipe, config)
     baseline = {}  # the running baseline's rewards, by prompt
     look = partial(evaluate, pipe, all_prompts, reward, config)
     run = runs.Run(config, "ddpo_sf", look)
@@ -234,8 +236,8 @@ def reinforce(config):
 def ddpo_is_objective(log_prob, old_log_prob, advantage, clip_range):
     """J = E[ Σ_t min(w·A, clip(w, 1−ε, 1+ε)·A) ],  w = p_θ/p_old   (DDPO_IS): its terms.
 
-    (N,), (N,), (N,), ε -> (N,). A ratio that has left the band as A asks gets the clipped term, which
-    has no gradient: far enough. One that has left it the other way gets the term that brings it back.
+    (N,), (N,), (N,), ε -> (N,). A ratio that has left the band as A asks gets the clipped term,
+    without gradient: far enough. One that has left it the other way is brought back by the other.
     """
     assert log_prob.shape == old_log_prob.shape
     assert log_prob.shape == advantage.shape
@@ -260,7 +262,7 @@ def train(config):
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
     params = models.trainable(pipe, config)
     optimizer = models.adamw(params, config)
-    step_weight = step_weights(pipe.scheduler, config).to(pipe.device)
+    step_weight = step_weights(pipe, config)
     root = ratio_root(pipe, config)
     baseline = {}  # the running baseline's rewards, by prompt
     look = partial(evaluate, pipe, all_prompts, reward, config)

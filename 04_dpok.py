@@ -73,7 +73,8 @@ def dpok_objective(log_prob, old_log_prob, advantage, kl, clip_range, alpha, bet
     E[Σ_t ∇log p_θ(x_{t−1}|x_t) · Σ_{s<t} KL_s]: how an action changes the KL of later states.
     """
     assert log_prob.shape == old_log_prob.shape
-    assert log_prob.shape == advantage.shape == kl.shape
+    assert log_prob.shape == advantage.shape
+    assert log_prob.shape == kl.shape
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
@@ -85,7 +86,8 @@ def step_means(pipe, trajectory, config):
     """μ(x_t, z, t) of pipe's present weights at all states of a trajectory.  -> (B,T,C,H,W)"""
     means = torch.zeros_like(trajectory.means)
     B, T = trajectory.log_probs.shape
-    for rows in training.mine(B).split(config.batch_size):
+    mine = training.mine(B)
+    for rows in mine.split(config.batch_size):
         for k in range(T):
             mean, _ = mdp.policy_at(pipe, trajectory, rows, k, config)
             means[rows, k] = mean
@@ -95,46 +97,19 @@ def step_means(pipe, trajectory, config):
 def path_kl(pipe, trajectory, reference_means, config):
     """KL_t = ‖μ_θ − μ_pre‖² / (2σ_t²) at each step of the policy that drew the chains.  -> (B,T)"""
     t = trajectory.timesteps
-    _, _, sigma = mdp.ddim_coefficients(pipe.scheduler, t, config.eta)
-    sigma = mdp.column(sigma, trajectory.means)
+    scheduler = pipe.scheduler
+    _, _, sigma_t = mdp.ddim_coefficients(scheduler, t, config.eta)
     kl = torch.zeros_like(trajectory.log_probs)
-    for i in training.mine(len(kl)).tolist():
-        means = trajectory.means[i]
-        kl[i] = mdp.kl_divergence(means, reference_means[i], sigma)
-    training.total(kl)
+    for k in range(len(t)):
+        mean = trajectory.means[:, k]
+        pre_mean = reference_means[:, k]
+        std = mdp.column(sigma_t[k], mean)
+        kl[:, k] = mdp.kl_divergence(mean, pre_mean, std)
+    training.total(kl)  # of pictures that are not mine it is 0
     return kl
 
 
 # ---- the value function ---------------------------------------------------------------------
-
-
-class ValueNet(nn.Module):
-    """V_φ's network: small convolutions, the prompt, the time.   (N,C,H,W), (N,W), (N,) -> (N,)"""
-
-    def __init__(self, channels, prompt_width, hidden=64):
-        super().__init__()
-        self.look = nn.Sequential(
-            nn.Conv2d(channels, hidden, kernel_size=3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(hidden, hidden, kernel_size=3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(hidden, hidden, kernel_size=3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-        )
-        self.judge = nn.Sequential(
-            nn.Linear(4 * hidden + prompt_width + 8, 2 * hidden),
-            nn.SiLU(),
-            nn.Linear(2 * hidden, 1),
-        )
-
-    def forward(self, x_t, c, t):
-        time = math.pi * (t / 1000 - 0.5)
-        turns = time[:, None] * torch.tensor([1, 2, 4, 8], device=t.device)
-        seen = self.look(x_t)
-        features = torch.cat([seen, c, turns.sin(), turns.cos()], 1)
-        return self.judge(features).squeeze(-1)
 
 
 class Value(nn.Module):
@@ -145,39 +120,48 @@ class Value(nn.Module):
     has never seen the rewards that it is subtracted from.
     """
 
-    def __init__(self, pipe, config):
+    def __init__(self, pipe, config, hidden=256):
         super().__init__()
-        channels, _, _ = models.latent_shape(pipe)
-        width = pipe.unet.config.cross_attention_dim
+        D = math.prod(models.latent_shape(pipe))
+        prompt_width = pipe.unet.config.cross_attention_dim
         with torch.random.fork_rng():  # torch draws first weights from the global generator
-            torch.manual_seed(training.torch_seed(config.seed, "value"))
-            self.net = ValueNet(channels, width).to(pipe.device)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=1e-2)
+            seed = training.torch_seed(config.seed, "value")
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(D + prompt_width + 1, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, 1),
+            )
+        self.to(pipe.device)
+        self.optimizer = torch.optim.AdamW(self.parameters())
         self.config = config
-        self.rounds = []  # the latest (x_t, c, r), on the CPU
-        self.mean, self.std = 0.0, 0.0  # of their rewards
+        self.rounds = []  # the latest (x_t, c, r)
+        self.mean = 0.0  # of their rewards
+        self.std = 0.0
 
-    def get_extra_state(self):
-        """What a checkpoint keeps besides the weights; set_extra_state takes it back."""
-        return self.optimizer.state_dict(), self.rounds, self.mean, self.std
-
-    def set_extra_state(self, state):
-        optimizer, self.rounds, self.mean, self.std = state
-        self.optimizer.load_state_dict(optimizer)
+    def forward(self, x_t, c, t):
+        """(N,C,H,W), (N,L,D), (N,) -> (N,)"""
+        state = x_t.flatten(1)
+        prompt = c.float().mean(1)
+        time = t[:, None] / 1000
+        features = torch.cat([state, prompt, time], 1)
+        V = self.net(features).squeeze(1)
+        return self.mean + self.std * V
 
     @torch.no_grad()
     def predict(self, trajectory):
         """V at every step of every picture.  -> (B,T)"""
         V = torch.zeros_like(trajectory.log_probs)
         B, T = V.shape
-        c = trajectory.prompt_embeds.float().mean(1)
-        for i in training.mine(B).split(256):
-            for k in range(T):
-                x_t = trajectory.latents[i, k]
-                t = trajectory.timesteps[k].expand(len(i))
-                V[i, k] = self.net(x_t, c[i], t)
+        for i in training.mine(B):
+            x_t = trajectory.latents[i, :-1]
+            c = trajectory.prompt_embeds[i]
+            c = c.expand(T, -1, -1)
+            V[i] = self(x_t, c, trajectory.timesteps)
         training.total(V)
-        return self.mean + self.std * V
+        return V
 
     def fit(self, trajectory, r, n, batch_size=256):
         """One pass over the latest rounds, this one included, towards the final rewards r (B,)."""
@@ -185,27 +169,42 @@ class Value(nn.Module):
             return
         B, T = trajectory.log_probs.shape
         x_t = trajectory.latents[:, :-1]
-        c = trajectory.prompt_embeds.float().mean(1)
-        self.rounds.append((x_t.cpu(), c.cpu(), r.float()))
+        c = trajectory.prompt_embeds
+        r = r.to(x_t)
+        self.rounds.append((x_t, c, r))
         self.rounds = self.rounds[-self.config.value_rounds:]
-        x_t, c, r = (torch.cat(columns).to(x_t.device) for columns in zip(*self.rounds))
+        columns = zip(*self.rounds)
+        x_t, c, r = map(torch.cat, columns)
         self.mean = r.mean().item()
-        self.std = max(r.std().item(), 1e-6)
-        target = (r - self.mean) / self.std
+        self.std = r.std().item() + 1e-6
 
-        order = training.permutation(len(r) * T, self.config.seed, "value batches", n)
+        seed = self.config.seed
+        pairs = len(r) * T
+        order = training.permutation(pairs, seed, "value batches", n)
         for rows in order.split(batch_size):
             i = rows // T
             k = rows % T
             own = training.is_mine(i % B)
-            i, k = i[own], k[own]
-            V = self.net(x_t[i, k], c[i], trajectory.timesteps[k])
-            error = V - target[i]
+            i = i[own]
+            k = k[own]
+            state = x_t[i, k]
+            t = trajectory.timesteps[k]
+            V = self(state, c[i], t)
+            error = (V - r[i]) / self.std
             loss = error.square().sum() / len(rows)
             loss.backward()
             training.total_gradients(self.parameters())
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def get_extra_state(self):
+        """What a checkpoint keeps of it besides the weights."""
+        optimizer = self.optimizer.state_dict()
+        return optimizer, self.rounds, self.mean, self.std
+
+    def set_extra_state(self, state):
+        optimizer, self.rounds, self.mean, self.std = state
+        self.optimizer.load_state_dict(optimizer)
 
 
 def value_advantage(reward, V, prompts):
@@ -213,7 +212,8 @@ def value_advantage(reward, V, prompts):
 
     V lags a round behind the policy: what it is wrong by on average goes out with the mean.
     """
-    difference = reward[:, None].to(V) - V
+    r = reward[:, None].to(V)
+    difference = r - V
     return difference - ddpo.mean_of_others(difference, prompts)
 
 
@@ -226,17 +226,15 @@ def evaluate(pipe, prompts, reward, gold, reference, config):
     trajectory = mdp.rollout(pipe, prompts, config, "evaluate")
     with reference():
         reference_means = step_means(pipe, trajectory, config)
-    kl = path_kl(pipe, trajectory, reference_means, config).cpu()
-    t = trajectory.timesteps
-    weight = mdp.noise_weight(pipe.scheduler, t, config.eta) ** 2 / 2
-    steps = torch.stack([t.cpu(), weight, kl.mean(0)], dim=1)
+    kl = path_kl(pipe, trajectory, reference_means, config)
     return {
         "prompts": prompts,
         "images": trajectory.images,
         "reward": rewards.score(reward, trajectory.images, prompts),
         "gold": rewards.score(gold, trajectory.images, prompts),
         "kl": kl.sum(1),
-        "steps": steps.tolist(),
+        "kl_of_steps": kl.mean(0).tolist(),
+        "timesteps": trajectory.timesteps.tolist(),
     }
 
 
@@ -252,7 +250,7 @@ def train(config):
     params = models.trainable(pipe, config)
     optimizer = models.adamw(params, config)
     reference = models.make_reference(pipe)
-    step_weight = ddpo.step_weights(pipe.scheduler, config).to(pipe.device)
+    step_weight = ddpo.step_weights(pipe, config)
     root = ddpo.ratio_root(pipe, config)
     baseline = Value(pipe, config)
     look = partial(evaluate, pipe, all_prompts, reward, gold, reference, config)
@@ -303,9 +301,10 @@ def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD)
     run, summary = train(config)
     runs.report(run, summary)
-    print("\nAt each step t: ½(κ_t/σ_t)² (nats per unit of ‖ε_θ − ε_pre‖²), and KL_t in nats")
-    for t, weight, kl in run.after["steps"]:
-        print(f"{t:6.0f} {weight:10.2f} {kl:10.2f}")
+    print("\nKL_t in nats, at each step t:")
+    steps = zip(run.after["timesteps"], run.after["kl_of_steps"])
+    for t, kl in steps:
+        print(f"{t:4} {kl:10.2f}")
     return run
 
 

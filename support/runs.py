@@ -148,7 +148,7 @@ class Run:
         if not path.is_file():
             return 0
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location=pipe.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume: {path} cannot be read: {error}") from error
         flags.check_settings(path, saved["settings"], self.settings, "it is another run's")

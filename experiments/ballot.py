@@ -1,0 +1,169 @@
+"""Which model do people prefer? A blind ballot on two runs (DPOK, Figure 3c).
+
+RUN `python experiments/ballot.py RUN_A RUN_B`, two run folders. Both models draw each prompt on the
+same noise, with the steps and the guidance of their training. WRITES ballot.html, one file for
+raters that needs no network and says left and right only, and ballot_key.json, which they must not
+see. Raters send back what the page saves: `python experiments/ballot.py --votes votes_*.json` makes
+a table of each model's share of the pairs, mean and standard deviation over raters. EXPECT raters
+to differ.
+"""
+import base64
+import hashlib
+import io
+import json
+import random
+import statistics
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+from tyro.conf import Positional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import flags, models, training  # noqa: E402
+from support.prompts import families  # noqa: E402
+
+mdp = import_module("01_mdp")  # rollout
+
+QUESTIONS = {"alignment": "Which picture fits the prompt better?",
+             "quality": "Which picture looks better?"}
+ANSWERS = ("left", "right", "tie")
+
+
+@dataclass(frozen=True)
+class Config(flags.MachineFlags):
+    runs: Positional[tuple[str, ...]] = ()  # the two run folders that are compared
+    prompts: str = "tasks"  # a shape family, animals, activities, tasks, a file, or one prompt
+    pairs: int = 4  # pairs of pictures for each family of prompts
+    votes: tuple[str, ...] = ()  # count these files from raters of the ballot in --out
+    seed: int = 0  # seed of the pictures' noise; who is left is drawn anew for each ballot
+    out: str = "runs/ballot"  # where the page, its key and the table go
+
+
+# ---- the page -------------------------------------------------------------------------------
+
+
+def make_ballot(prompts, pictures, rng):
+    """The page for raters, and its key.  pictures: model -> its pictures, one for each prompt.
+
+    key: {"ballot": id, "models": [a, b], "pairs": [{"prompt", "left": a model}]}. Pairs are
+    shuffled, and a is on the left in half of them (to within one): "always left" favors nobody.
+    """
+    a, b = pictures
+    N = len(prompts)
+    left_models = rng.sample([a, b] * ((N + 1) // 2), N)
+    shown, secret = [], []
+    for i, left in zip(rng.sample(range(N), N), left_models):
+        right = b if left == a else a
+        shown.append({"prompt": prompts[i], "left": as_uri(pictures[left][i]),
+                      "right": as_uri(pictures[right][i])})
+        secret.append({"prompt": prompts[i], "left": left})
+    ballot = hashlib.sha256(json.dumps([shown, secret]).encode()).hexdigest()[:16]
+    data = json.dumps({"ballot": ballot, "questions": QUESTIONS, "pairs": shown})
+    data = data.replace("<", r"\u003c")  # so that no prompt ends the script
+    page = Path(__file__).with_name("ballot.html").read_text(encoding="utf-8")
+    return page.replace("__BALLOT__", data), {"ballot": ballot, "models": [a, b], "pairs": secret}
+
+
+def as_uri(picture):
+    """A picture as text, from its pixels alone: metadata might name the model."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", picture.size, picture.tobytes()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def draw(folder, prompts, config):
+    """A run's pictures, drawn as it was trained, on the noise that comparisons share."""
+    pipe, _ = models.load_run(folder, config.device, config.dtype)
+    settings = SimpleNamespace(**models.read_config(folder) | {"batch_size": config.batch_size})
+    return mdp.rollout(pipe, prompts, settings, noise=(config.seed, "compare", 0)).images
+
+
+def write(config):
+    """ballot.html for raters and ballot_key.json for nobody else, in --out."""
+    if len(set(config.runs)) != 2:
+        raise ValueError("give two run folders to compare, or --votes to count")
+    out = Path(config.out)
+    if Path(out, "ballot_key.json").exists():  # votes on it may be under way
+        raise ValueError(f"--out {out}: there is a ballot; move ballot_key.json away first")
+    prompts = []
+    for seen, _ in families(config.prompts).values():
+        prompts += training.spread_evenly(seen, config.pairs)
+    pictures = {folder: draw(folder, prompts, config) for folder in config.runs}
+    page, key = make_ballot(prompts, pictures, random.SystemRandom())
+    out.mkdir(parents=True, exist_ok=True)
+    Path(out, "ballot.html").write_text(page, encoding="utf-8")
+    Path(out, "ballot_key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+    print(f"{len(prompts)} pairs in {out}; for raters: ballot.html, not for them: ballot_key.json")
+
+
+# ---- the votes ------------------------------------------------------------------------------
+
+
+def read_vote(file, key):
+    """One rater's file -> the rater's name, and question -> an answer for each pair of the key."""
+    try:
+        form = json.loads(Path(file).read_text(encoding="utf-8"))
+        rater = form["rater"].strip().casefold()
+        answers = {question: [vote[question] for vote in form["votes"]] for question in QUESTIONS}
+        if form["ballot"] != key["ballot"]:
+            raise ValueError("votes on another ballot")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"--votes {file}: not what this page saves ({error!r:.200})") from error
+    given = [answer for own in answers.values() for answer in own if answer in ANSWERS]
+    if len(given) != len(QUESTIONS) * len(key["pairs"]):
+        raise ValueError(f"--votes {file}: not one answer to each question about each pair")
+    return rater, answers
+
+
+def preference_rate(answers, left_models, model):
+    """rate = (1/N)·Σ_pairs (1 if the model is preferred, ½ for a tie, 0 if the other is)"""
+    score = answers.count("tie") / 2
+    for answer, left in zip(answers, left_models, strict=True):
+        side = "left" if left == model else "right"
+        score += answer == side
+    return score / len(answers)
+
+
+def count(config):
+    """Preference rates of the votes on the ballot in --out, as a table; also in its votes.md."""
+    key = json.loads(Path(config.out, "ballot_key.json").read_text(encoding="utf-8"))
+    left_models = [pair["left"] for pair in key["pairs"]]
+    voted = {}  # rater -> answers
+    for file in config.votes:
+        rater, answers = read_vote(file, key)
+        if rater in voted:
+            raise ValueError(f"--votes {file}: {rater!r} has voted already")
+        voted[rater] = answers
+    a, b = key["models"]
+    N = len(left_models)
+    lines = [f"| Question | {a} preferred | {b} preferred | ties | raters | pairs |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for question, text in QUESTIONS.items():
+        given = [answers[question] for answers in voted.values()]
+        rates = [preference_rate(own, left_models, a) for own in given]
+        ours, theirs = mean_and_spread(rates), mean_and_spread([1 - rate for rate in rates])
+        ties = mean_and_spread([own.count("tie") / N for own in given])
+        lines.append(f"| {text} | {ours} | {theirs} | {ties} | {len(given)} | {N} |")
+    table = "\n".join(lines)
+    Path(config.out, "votes.md").write_text(table + "\n", encoding="utf-8")
+    print(f"Mean ± standard deviation over raters; a tie counts one half for each\n{table}")
+    return table
+
+
+def mean_and_spread(shares):
+    """[0.5, 0.75] -> "62.5 ± 17.7 %"; one rater alone has no spread."""
+    spread = f"{100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else "–"
+    return f"{100 * statistics.mean(shares):.1f} ± {spread} %"
+
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    return count(config) if config.votes else write(config)
+
+
+if __name__ == "__main__":
+    flags.run(main)
