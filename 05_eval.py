@@ -286,7 +286,8 @@ def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD, QUICK)
     name = "quick" if config.quick else "eval_runs" if config.runs else "eval"
     config = replace(config, out=config.out or f"runs/{name}")
-    measures = Measures(config, rewards, diversity)  # a wrong flag fails before training
+    plan(config)  # what is wrong in a flag fails here, before training
+    measures = Measures(config, rewards, diversity)
     seeds = 1 if config.runs else config.seeds
     configs = [replace(config, seed=config.seed + i) for i in range(seeds)]
     folders = [train(of_seed) for of_seed in configs]

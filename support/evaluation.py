@@ -117,6 +117,7 @@ def write(config, rows, claims, folders, images):
     images: model -> pictures of its first seed.
     """
     out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     summary = summarize(rows, config)
     table = table_of(summary, folders)
     sentences = [sentence_of(claim) for claim in claims]

@@ -1,5 +1,6 @@
 """Chapter 5's equations: against scipy's paired test, enumeration, integrals and plain loops."""
 import math
+from dataclasses import fields
 from importlib import import_module
 from itertools import combinations, permutations
 from types import SimpleNamespace
@@ -9,11 +10,17 @@ import pytest
 import torch
 from scipy import stats
 
-from support import evaluation
+from support import evaluation, flags
 from tests.oracles import randn
 
 ev = import_module("05_eval")
 equation = pytest.mark.equation
+METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
+           "SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
+           "DDPO_SF": ("03_ddpo.py", {"estimator": "sf"}),
+           "DDPO_IS": ("03_ddpo.py", {"estimator": "is"}),
+           "DPOK": ("04_dpok.py", {"beta": 0.01}),
+           "DPOK_no_KL": ("04_dpok.py", {"beta": 0})}
 
 
 # ---- is a difference more than chance? ------------------------------------------------------
@@ -164,3 +171,32 @@ def test_best_of_n_keeps_the_best_by_reward_so_far_of_each_request(monkeypatch):
         want = [(r[:n, i].tolist().index(best[i]), i) for i in range(3)]  # the first of equals
         assert measured == images == want
         assert kl == pytest.approx([math.log(n) - (n - 1) / n] * 3)
+
+
+# ---- the methods' commands ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [
+    "--sd", "--sd --quick", "--samples 1", "--samples 9 --seed 4 --model m --reward r --gold g "
+    "--prompts count --rounds 7 --prompts-per-round 3 --samples-per-prompt 6 --eta 0.6 "
+    "--lora-rank 3 --lora-targets to_q conv1 --num-steps 9 --guidance-scale 2.5 --batch-size 11 "
+    "--device cpu --clip c --aesthetic-weights a --image-reward-weights i --vlm v"])
+def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(words):
+    config = flags.parse(ev.Config, None, words.split(), ev.SD, ev.QUICK)
+    assert config.rounds == 4 or not config.quick
+    table = ev.commands_of(config)
+    assert list(table) == [f"{method}_seed{config.seed}" for method in METHODS]
+    shared = {field.name for field in fields(config)} - {"out", "sd"}
+    for (method, (script, own)), (found, *rest) in zip(METHODS.items(), table.values()):
+        assert found == script
+        module = import_module(script.removesuffix(".py").replace("/", "."))
+        job = flags.parse(module.Config, None, rest, module.SD)
+        expected = {field.name: field.default for field in fields(job)}
+        expected |= module.SD | {"sd": True} if config.sd else {}
+        expected |= {field: getattr(config, field) for field in shared & expected.keys()}
+        expected |= own | {"keep_every": max(1, config.rounds // 4), "eval_samples": 40}
+        if not config.sd:
+            expected["learning_rate"], expected["updates_per_round"] = ev.METHODS[method][1:]
+        if method == "DDPO_SF":
+            expected["updates_per_round"] = 1
+        assert vars(job) == expected

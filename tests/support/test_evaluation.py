@@ -20,7 +20,7 @@ def test_a_summary_is_over_seeds_and_has_no_error_of_one_seed():
     rows = {"pretrained": pictures(0, 1) + pictures(1, 4) + pictures(1, 9, "unseen"),
             "best of 3": pictures(0, 5)}
     found = evaluation.summarize(rows, CONFIG)
-    assert found["pretrained"]["reward"] == (3.5, 1.5)  # of seeds with 2 and 5, √(4.5/2)
+    assert found["pretrained"]["reward"] == pytest.approx((3.5, 1.5))  # of seeds with 2 and 5
     assert found["pretrained"]["gold unseen"][0] == 1 and "gold unseen" not in found["best of 3"]
     assert found["best of 3"]["reward"][0] == 6 and math.isnan(found["best of 3"]["reward"][1])
     assert list(found["pretrained"]) == ["reward", "gold", "gold unseen", "path_kl", "gold f",
