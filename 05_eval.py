@@ -12,7 +12,7 @@ path KL, E[Σ_t KL_t]. And we ask whether a difference would come back with the 
     best of n           no training: the best of n pretrained pictures, n queries for each
 
 Each training seed has evaluation noise of its own, the same for all models. So the differences of
-two models, one number a seed, are independent. They speak for other seeds, on these prompts.
+two models, one number a seed, are independent, and tell of other seeds, on these same prompts.
 
     d̄ ± t_{S−1}·s/√S,  d_s = a_s − b_s the difference in seed s, of S seeds  (Student's interval)
     p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m), for m claims (Holm 1979)
@@ -40,13 +40,13 @@ from support.measures import Measures
 from support.prompts import families
 
 mdp = import_module("01_mdp")  # rollout
-rewards = import_module("02_rewards")  # RewardFlags, get_reward, score, QUESTION
+rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 dpok = import_module("04_dpok")  # step_means, path_kl
 
 METHODS = {  # method -> its script and flags, and its tuned learning rate and updates per round
     "RWR": ("experiments/sft.py --data fresh --weights rwr", 1e-5, 2),
     "SFT": ("experiments/sft.py --data fixed --weights sparse", 3e-3, 2),
-    "DDPO_SF": ("03_ddpo.py --estimator sf --updates-per-round 1", 2e-3, 1),
+    "DDPO_SF": ("03_ddpo.py --estimator sf", 2e-3, 1),
     "DDPO_IS": ("03_ddpo.py --estimator is", 1e-3, 5),
     "DPOK": ("04_dpok.py", 3e-3, 20),
     "DPOK_no_KL": ("04_dpok.py --beta 0", 3e-3, 20)}  # DPOK's, so that only β differs
@@ -82,7 +82,7 @@ class Config(rewards.RewardFlags):
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # with adapters
     samples: int = 50  # pictures of each prompt family, of seen and unseen prompts each
-    best_of: tuple[int, ...] = (2, 6, 25)  # n; with 6 it pays as much as a training
+    best_of: tuple[int, ...] = (2, 6, 25)  # n; 6 pay about a training's queries
     seeds: int = 1  # trainings of each method; verdicts need two, better five
     jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
@@ -103,7 +103,7 @@ SD = flags.published("05_eval")
 def paired_interval(a, b):
     """d̄ ± t_{S−1}·s/√S and p = 2·P(T_{S−1} > |d̄|·√S/s),  d = a − b.  (S,), (S,) -> a dict
 
-    95 %. s is the standard deviation of d; where it is 0 nothing is known of the next seed: p = 1.
+    At 95 %. s is the standard deviation of d; where it is 0, S seeds say nothing of the next: p = 1.
     """
     d = a - b
     S = len(d)
@@ -120,7 +120,7 @@ def paired_interval(a, b):
 def holm(p):
     """p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m).   (m,) -> (m,)
 
-    Told by p̃ ≤ 0.05, of all m claims together one is wrong in at most 5 % of such comparisons.
+    If all claims with p̃ ≤ 0.05 are told, one or more is wrong in at most 5 % of comparisons.
     """
     p = np.asarray(p)
     m = len(p)
@@ -234,7 +234,7 @@ def best_of_n(pipe, requests, measures, config):
     best_r = [-math.inf] * len(requests)
     best_images = [None] * len(requests)
     found = {}
-    draws = max(config.best_of)
+    draws = max(config.best_of, default=0)
     for k in tqdm(range(draws), "best of n", leave=False):
         images = draw(pipe, requests, config, k).images  # k = 0: the noise of all models
         r = measures.score("reward", images, prompts)
