@@ -21,8 +21,8 @@ shortened schedule, ε for the predicted noise, D for the number of entries of a
 
 RUN `python 01_mdp.py`: one trajectory as a table, and a picture of x̂_0 as t falls. EXPECT a ratio
 of 1 on replay, and κ/σ near 1 at every step but the second-to-last. TRY `--num-steps 50`.
-DEPARTURES. None from DDIM; η = 0, without a density, is refused. Latents stay float32 whatever the
-UNet's precision: the action that is stored is the action that was scored.
+DEPARTURES. DDIM ends on ᾱ = 1, without noise and so without a density; Stable Diffusion's settings,
+and we, end on ᾱ_0 < 1. Latents stay float32: the action that is stored is the one that was scored.
 EXERCISES. (1) What does --eta 0.3 do to κ/σ, and why? (2) Print ‖μ_θ − x_t‖/(σ_t·√D): how does a
 step's drift compare with its noise? (3) Where does κ/σ peak with 50 steps, and why there?
 """
@@ -85,7 +85,7 @@ def denoising_loss(eps_pred, eps, weight=None):
 def predict_noise(unet, x_t, t, prompt_embeds, negative_embeds=None, guidance_scale=1.0):
     """ε = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, c) − ε_θ(x_t, t, ∅)): classifier-free guidance.
 
-    (B,C,H,W), () or (B,), (B,L,D), (B or 1,L,D) -> (B,C,H,W) in x_t's dtype; it is v or x_0
+    (B,C,H,W), () or (B,), (B,L,E), (B or 1,L,E) -> (B,C,H,W) in x_t's dtype; it is v or x_0
     where the model predicts those. Both halves share one call; s = 1 needs only one half.
     """
     t = t.expand(len(x_t))
@@ -166,7 +166,7 @@ def step_mean_std(scheduler, noise_pred, t, x_t, eta=1.0):
 def log_prob(x_prev, mean, std):
     """log N(x_{t−1}; μ, σ²I) = −½‖(x_{t−1}−μ)/σ‖² − D·log σ − (D/2)·log 2π  -> (B,), in nats
 
-    A sum over D = C·H·W and not a mean: only so is exp(log p − log p_old) a ratio of probabilities.
+    A sum over D = C·H·W and not a mean: only so is exp(log p − log p_old) a ratio of densities.
     """
     assert x_prev.shape == mean.shape
     z = (x_prev - mean) / std
@@ -208,7 +208,7 @@ def noise_weight(scheduler, t, eta=1.0):
 
 
 def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
-    """π_θ(·|s_t) = N(μ_θ(x_t, c, t), σ_t² I)  -> mean (B,C,H,W), std (B,1,1,1).  t: () or (B,)"""
+    """π_θ(·|s_t) = N(μ_θ(x_t, c, t), σ_t² I)  -> mean (B,C,H,W), std (B or 1,1,1,1)"""
     noise_pred = predict_noise(
         pipe.unet, x_t, t, prompt_embeds, negative_embeds, config.guidance_scale)
     return step_mean_std(pipe.scheduler, noise_pred, t, x_t, config.eta)
@@ -216,14 +216,14 @@ def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
 
 @dataclass
 class Trajectory:
-    """B chains: s_k = (c, timesteps[k], latents[:, k]),  a_k = latents[:, k + 1].
+    """B chains; of step k = 0 … T−1  s_k = (c, timesteps[k], latents[:, k]),  a_k = latents[:, k+1].
 
-    Of several processes each has its own rows, and 0 or None in the others'.
+    Where torchrun shares pictures out, rows of other processes' pictures are 0 or None.
     """
-    policy: callable  # what drew it
+    policy: callable  # what drew it: `policy` above, or another
     prompts: list
-    prompt_embeds: torch.Tensor  # (B,L,D)
-    negative_embeds: torch.Tensor  # (1,L,D), of the empty prompt
+    prompt_embeds: torch.Tensor  # (B,L,E): L tokens, each of width E
+    negative_embeds: torch.Tensor  # (1,L,E), of the empty prompt
     timesteps: torch.Tensor  # (T,), falling
     latents: torch.Tensor  # (B,T+1,C,H,W) float32: [:, 0] is x_T and [:, -1] is x_0
     means: torch.Tensor  # (B,T,C,H,W), μ_θ at s_k of the policy that drew
@@ -253,7 +253,8 @@ def rollout(pipe, prompts, config, purpose, n=0, policy=policy):
         log_probs=torch.zeros(B, T, device=device),
         images=[None] * B,
     )
-    batches = training.mine(B).split(config.batch_size)
+    mine = training.mine(B)  # all, unless torchrun shares them out
+    batches = mine.split(config.batch_size)
     for rows in tqdm(batches, "rollout", leave=False, delay=2):
         z = training.gaussians(rows, (T + 1, *shape), config.seed, purpose, n)
         z = z.to(device)

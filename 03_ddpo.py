@@ -6,25 +6,26 @@ good ones more likely. First by REINFORCE (`reinforce`), one update for each rou
 with importance sampling and PPO's clip (`train`), several updates for each round.
 
     J(θ) = E_{c, x_0 ~ p_θ}[ r(x_0, c) ]                                     what we want to raise
-    ∇J   = E_{p_θ(x_{0:T}|c)}[ Σ_t ∇log p_θ(x_{t−1}|x_t, c) · A ]                       (DDPO_SF)
-    J_IS = E_{p_old(x_{0:T}|c)}[ Σ_t min(w_t·A, clip(w_t, 1−ε, 1+ε)·A) ],  w_t = p_θ/p_old (DDPO_IS)
+    ∇J   ∝ E_{c, p_θ(x_{0:T}|c)}[ Σ_t ∇log p_θ(x_{t−1}|x_t, c) · A ]                     (DDPO_SF)
+    J_IS = E_{c, p_old(x_{0:T}|c)}[ Σ_t min(w_t·A, clip(w_t, 1−ε, 1+ε)·A) ]     (DDPO_IS, clipped)
 
-A, the advantage, is the reward minus the mean of the same prompt's other pictures, over the spread.
-After a round's first update its pictures are those of an older policy, p_old. w_t corrects a step's
-probability for that, not how often p_θ comes to its state; at θ = θ_old, ∇J_IS = ∇J. The clip ends
-the pay of a step whose ratio has gone far enough. It does not hold θ back: `kl_old` and
-`clip_fraction` in the log say how far it went. And chapter 1's ONE STEP DOMINATES here, too:
-∇log p = −(κ_t/σ_t)·zᵀ∇ε_θ, z the step's noise. `--step-weight sigma` multiplies each step's term by
-σ_t/κ_t (mean 1). The sum is then no longer ∇J, but all steps have a say.
+A, the advantage, is the reward minus the mean of the same prompt's other pictures, divided by the
+round's standard deviation. After a round's first update its pictures are those of an older policy,
+p_old. The ratio w_t = p_θ/p_old corrects the probability of a step for that, but not that of
+reaching its state. At θ = θ_old J_IS has REINFORCE's gradient. The clip stops the gradient of a
+step whose ratio has gone far enough; it does not hold θ back. The log has means over a round's
+updates, each before its step: `clip_fraction` of the ratios outside 1 ± ε, `kl_old` from p_old.
+As chapter 1's `noise_weight` says, one step dominates: ∇log p = −(κ_t/σ_t)·zᵀ∇ε_θ, z = (a_t−μ)/σ.
+`--step-weight sigma` multiplies each step's term by σ_t/κ_t (mean 1): not ∇J, but all have a say.
 
 RUN `python 03_ddpo.py`: the tiny model learns to put shapes where the prompt says. EXPECT alignment
 to gain 0.25 on fresh noise, in three minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
 DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
-mean as baseline (the paper's is `running`); each pair of picture and step is used once.
+mean as baseline (the paper's is `running`).
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
-(2) Take min out of the objective: which test fails? (3) Why may a baseline hold any reward but the
-sample's own?
+(2) Take min out of the objective: which test fails? (3) Why may a baseline contain any reward but
+the sample's own?
 """
 import math
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class PolicyGradient(rewards.RewardFlags, flags.TrainFlags):
     """What this chapter and the next have in common."""
     clip_range: float = 0.2  # ε of PPO's clip
     ratio: Literal["exact", "per_dim"] = "exact"  # exp(Δ log p), or exp(Δ log p / D)
-    step_weight: Literal["none", "sigma"] = "sigma"  # none: as published; sigma: equal
+    step_weight: Literal["none", "sigma"] = "sigma"  # none: the paper; sigma: σ_t/κ_t
     timestep_fraction: float = 1.0  # share of a picture's steps to train on, at random
 
 
@@ -59,7 +60,7 @@ class Config(PolicyGradient):
     rounds: int = 30  # rounds of sample, score, update
     prompts_per_round: int = 8  # prompts per round, in turn from shuffled passes
     samples_per_prompt: int = 16  # pictures of each; the others' mean is the baseline
-    updates_per_round: int = 2  # optimizer steps per round (K) of is; sf takes one
+    updates_per_round: int = 2  # optimizer steps per round, K; 1 with --estimator sf
     learning_rate: float = 1e-4  # of AdamW
     max_grad_norm: float = 1000.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 0  # rank of LoRA; 0 trains all weights
@@ -90,26 +91,26 @@ def spread(values):
     return s if s > 1e-6 else 1.0
 
 
-def leave_one_out_advantage(reward, prompts):
+def leave_one_out_advantage(r, prompts):
     """A_i = (r_i − mean_{j≠i, same prompt} r_j) / std_j r_j.   (B,), B strings -> (B,) float64
 
-    The baseline leaves r_i out, so it does not bend the expected update. The spread, one number for
-    the whole round, holds it: a bias of order 1/B.
+    The baseline leaves r_i out, so it adds no bias. The spread, one number for the whole round,
+    contains r_i: a bias of order 1/B.
     """
-    r = reward.double()
-    r = r - r.mean()  # changes nothing but the rounding
+    r = r.double()
+    r = r - r.mean()  # so that large rewards lose no digits
     difference = r - mean_of_others(r, prompts)
     return difference / spread(r)
 
 
-def running_advantage(reward, prompts, history, keep=32, min_count=16):
+def running_advantage(r, prompts, history, keep=32, min_count=16):
     """A_i = (r_i − mean) / std over the prompt's last `keep` rewards, this round's included.
 
     DDPO's per-prompt statistics; with fewer than min_count rewards, those of the whole round, as in
-    the published code. They hold r_i itself, which shrinks E[A·∇log p] a little. `history` maps a
+    the published code. They contain r_i, which shrinks E[A·∇log p] a little. `history` maps a
     prompt to its rewards, and is changed in place.
     """
-    r = reward.double()
+    r = r.double()
     for value, prompt in zip(r.tolist(), prompts):
         known = history.get(prompt, [])
         history[prompt] = [*known, value][-keep:]
@@ -124,12 +125,12 @@ def running_advantage(reward, prompts, history, keep=32, min_count=16):
     return A
 
 
-def advantages(reward, prompts, history, config):
+def advantages(r, prompts, history, config):
     """The advantage of each picture by --baseline, cut to ± --advantage-clip.  (B,) -> (B,1)"""
     if config.baseline == "running":
-        A = running_advantage(reward, prompts, history)
+        A = running_advantage(r, prompts, history)
     else:
-        A = leave_one_out_advantage(reward, prompts)
+        A = leave_one_out_advantage(r, prompts)
     limit = config.advantage_clip
     return A.clamp(-limit, limit)[:, None]
 
@@ -161,23 +162,11 @@ def step_pairs(pictures, config, n):
     return i, k
 
 
-# ---- REINFORCE ------------------------------------------------------------------------------
-
-
-def ddpo_sf_objective(log_prob, advantage):
-    """J = E[ Σ_t log p_θ(x_{t−1}|x_t, c) · A ]   (DDPO_SF): its term of each (picture, step).
-
-    (N,), (N,) -> (N,). Its value means nothing; its gradient is the estimator.
-    """
-    assert log_prob.shape == advantage.shape
-    return log_prob * advantage
-
-
-def check(config, baseline):
+def check(config, needs_others):
     """ValueError for flags that contradict each other, before any work is done."""
     runs.check_folder(config)
     pictures = config.prompts_per_round * config.samples_per_prompt
-    if baseline == "leave_one_out" and config.samples_per_prompt < 2:
+    if needs_others and config.samples_per_prompt < 2:
         raise ValueError("--samples-per-prompt must be at least 2: the others are the baseline")
     if config.updates_per_round > pictures:
         raise ValueError(f"--updates-per-round: at most {pictures}, the pictures of a round")
@@ -191,9 +180,21 @@ def evaluate(pipe, prompts, reward, config):
     return {"prompts": prompts, "images": trajectory.images, "reward": r}
 
 
+# ---- REINFORCE ------------------------------------------------------------------------------
+
+
+def ddpo_sf_objective(log_prob, advantage):
+    """J = E[ Σ_t log p_θ(x_{t−1}|x_t, c) · A ]   (DDPO_SF): its term of each (picture, step).
+
+    (N,), (N,) -> (N,). Its value means nothing, and is not J(θ); its gradient is the estimator.
+    """
+    assert log_prob.shape == advantage.shape
+    return log_prob * advantage
+
+
 def reinforce(config):
     """draw → score → advantage → one step along Σ_t ∇log p · A.  -> the run, its summary"""
-    check(config, config.baseline)
+    check(config, config.baseline == "leave_one_out")
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
@@ -204,17 +205,17 @@ def reinforce(config):
     look = partial(evaluate, pipe, all_prompts, reward, config)
     run = runs.Run(config, "ddpo_sf", look)
 
-    for n in run.rounds(pipe, optimizer, baseline):
+    for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         A = advantages(r, prompts, baseline, config)
-        A = A.to(step_weight) * step_weight  # (B,T)
+        A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 
         pictures = torch.arange(len(prompts))
-        i, k = step_pairs(pictures, config, n)
-        scale = config.num_steps / len(i)  # a mean over pictures, and a sum over steps
-        for i, k in training.batches(i, k, config.train_batch_size):
+        all_i, all_k = step_pairs(pictures, config, n)
+        scale = config.num_steps / len(all_i)  # a mean over pictures, and a sum over steps
+        for i, k in training.batches(all_i, all_k, config.train_batch_size):
             mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
             action = trajectory.latents[i, k + 1]
             log_prob = mdp.log_prob(action, mean, std)
@@ -236,8 +237,8 @@ def reinforce(config):
 def ddpo_is_objective(log_prob, old_log_prob, advantage, clip_range):
     """J = E[ Σ_t min(w·A, clip(w, 1−ε, 1+ε)·A) ],  w = p_θ/p_old   (DDPO_IS): its terms.
 
-    (N,), (N,), (N,), ε -> (N,). A ratio that has left the band as A asks gets the clipped term,
-    without gradient: far enough. One that has left it the other way is brought back by the other.
+    (N,), (N,), (N,), ε -> (N,). Outside the band on the side that A pushes to, min takes the
+    clipped term, whose gradient is 0. On the other side it takes w·A, which pulls w back.
     """
     assert log_prob.shape == old_log_prob.shape
     assert log_prob.shape == advantage.shape
@@ -247,7 +248,7 @@ def ddpo_is_objective(log_prob, old_log_prob, advantage, clip_range):
 
 
 def ratio_root(pipe, config):
-    """1, or D with --ratio per_dim: Δ log p is divided by it, so its ratio is the D-th root."""
+    """1, or D with --ratio per_dim: Δ log p (and 04's KL) over D makes the ratio its D-th root."""
     if config.ratio == "exact":
         return 1
     return math.prod(models.latent_shape(pipe))
@@ -255,7 +256,7 @@ def ratio_root(pipe, config):
 
 def train(config):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
-    check(config, config.baseline)
+    check(config, config.baseline == "leave_one_out")
     T, clip_range = config.num_steps, config.clip_range
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
@@ -268,21 +269,21 @@ def train(config):
     look = partial(evaluate, pipe, all_prompts, reward, config)
     run = runs.Run(config, "ddpo_is", look)
 
-    for n in run.rounds(pipe, optimizer, baseline):
+    for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         A = advantages(r, prompts, baseline, config)
-        A = A.to(step_weight) * step_weight  # (B,T)
+        A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 
         B = len(prompts)
         order = training.permutation(B, config.seed, "minibatches", n)
         for pictures in order.tensor_split(config.updates_per_round):
-            i, k = step_pairs(pictures, config, n)
-            scale = T / len(i)  # a mean over pictures, and a sum over steps
-            useful = A[i, k].abs() > 1e-9  # where A is 0 there is nothing to learn
-            i, k = i[useful], k[useful]
-            for i, k in training.batches(i, k, config.train_batch_size):
+            all_i, all_k = step_pairs(pictures, config, n)
+            scale = T / len(all_i)  # a mean over pictures, and a sum over steps
+            useful = A[all_i, all_k].abs() > 1e-9  # solved prompts teach nothing
+            all_i, all_k = all_i[useful], all_k[useful]
+            for i, k in training.batches(all_i, all_k, config.train_batch_size):
                 mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
                 action = trajectory.latents[i, k + 1]
                 log_prob = mdp.log_prob(action, mean, std) / root

@@ -10,17 +10,18 @@ what we mean. So the objective also says: stay near the pretrained model. (DPOK'
 New in the code:
 
   dpok_objective   03's clipped surrogate times α, minus β times the exact KL at the states visited
-  reference        p_pre is the same UNet with its LoRA adapters off: no second network in memory
+  reference        p_pre is the same UNet with its LoRA adapters off (of rank 0: a copy)
   Value            the baseline is V(x_t, z, t) ≈ E[r | x_t], with its own value at each step
 
 RUN `python 04_dpok.py`: it cures "four stars", which the pretrained model takes for a brand's
 yellow circle. EXPECT alignment, never trained on, to reach 0.84 in one minute on two CPU cores.
-TRY `--beta 0` (what does the same cost in nats?), `--prompts tasks --prompts-per-round 5`.
-DEPARTURES. Like the paper, the KL's gradient drops how θ changes which states are visited. The
-published code's "KL" is an unweighted mean square, it clips without min, and draws its updates from
-a buffer. V lags a round behind, so the mean of r − V over the other pictures is taken off, too.
-Step weights are on the reward's term only. Adapters and learning rate are other than 03's and than
-published.
+TRY `--beta 0` (what does the same cure cost in nats?), `--prompts tasks --prompts-per-round 5`.
+Like the paper, the KL's gradient leaves out how θ changes which states are visited.
+DEPARTURES. The published code's "KL" is an unweighted mean square, it clips without min, and draws
+its updates from a buffer. V lags a round behind, so the mean of r − V over the other pictures is
+taken off, too; A is neither divided by a spread nor cut, since α sets its scale. Step weights are
+on the reward's term only: J's optimum is theirs only with `none`. Adapters and learning rate differ
+from 03's and from the published ones.
 EXERCISES. (1) At which step are most nats paid, and why there? (2) Write + β·kl in dpok_objective:
 which tests fail? (3) Run experiments/variance.py on one prompt and on five: where does V help?
 """
@@ -36,9 +37,9 @@ from torch.nn.utils import clip_grad_norm_
 from support import flags, models, runs, training
 from support.prompts import get_prompts
 
-mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
+mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, ...
 rewards = import_module("02_rewards")  # get_reward, score
-ddpo = import_module("03_ddpo")  # set_up, step_weights, step_pairs, mean_of_others, ...
+ddpo = import_module("03_ddpo")  # PolicyGradient, check, step_weights, step_pairs, ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def path_kl(pipe, trajectory, reference_means, config):
 class Value(nn.Module):
     """V_φ(x_t, z, t) ≈ E[r(x_0, z) | x_t]: least squares on the rewards of the latest rounds.
 
-    Subtracting what is known before the action x_{t−1} is drawn leaves E[∇log p · (r − V)] = ∇J,
+    Subtracting what is known before the action x_{t−1} is drawn leaves E[Σ_t ∇log p·(r − V)] = ∇J,
     and can lower its variance. V is 0 until it is fitted, and is fitted after a round's updates: it
     has never seen the rewards that it is subtracted from.
     """
@@ -168,7 +169,8 @@ class Value(nn.Module):
         if not self.config.value:
             return
         B, T = trajectory.log_probs.shape
-        x_t = trajectory.latents[:, :-1]
+        x_t = trajectory.latents[:, :-1].clone()
+        training.total(x_t)  # each process fits the same V, on all pictures
         c = trajectory.prompt_embeds
         r = r.to(x_t)
         self.rounds.append((x_t, c, r))
@@ -184,16 +186,12 @@ class Value(nn.Module):
         for rows in order.split(batch_size):
             i = rows // T
             k = rows % T
-            own = training.is_mine(i % B)
-            i = i[own]
-            k = k[own]
             state = x_t[i, k]
             t = trajectory.timesteps[k]
             V = self(state, c[i], t)
             error = (V - r[i]) / self.std
-            loss = error.square().sum() / len(rows)
+            loss = error.square().mean()
             loss.backward()
-            training.total_gradients(self.parameters())
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -207,13 +205,13 @@ class Value(nn.Module):
         self.optimizer.load_state_dict(optimizer)
 
 
-def value_advantage(reward, V, prompts):
+def value_advantage(r, V, prompts):
     """A_i = (r_i − V_i) − mean_{j≠i, same prompt} (r_j − V_j).   (B,), (B,T), B strings -> (B,T)
 
     V lags a round behind the policy: what it is wrong by on average goes out with the mean.
     """
-    r = reward[:, None].to(V)
-    difference = r - V
+    r = r.to(V)
+    difference = r[:, None] - V
     return difference - ddpo.mean_of_others(difference, prompts)
 
 
@@ -238,9 +236,9 @@ def evaluate(pipe, prompts, reward, gold, reference, config):
     }
 
 
-def train(config):
+def train(config, Baseline=Value):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
-    ddpo.check(config, "leave_one_out")
+    ddpo.check(config, needs_others=True)
     T, clip_range = config.num_steps, config.clip_range
     alpha, beta = config.alpha, config.beta
     all_prompts = get_prompts(config.prompts)
@@ -252,11 +250,11 @@ def train(config):
     reference = models.make_reference(pipe)
     step_weight = ddpo.step_weights(pipe, config)
     root = ddpo.ratio_root(pipe, config)
-    baseline = Value(pipe, config)
+    baseline = Baseline(pipe, config)
     look = partial(evaluate, pipe, all_prompts, reward, gold, reference, config)
     run = runs.Run(config, "dpok", look)
 
-    for n in run.rounds(pipe, optimizer, baseline):
+    for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():
@@ -264,14 +262,14 @@ def train(config):
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         g = rewards.score(gold, trajectory.images, prompts, run.folder)
         A = value_advantage(r, baseline.predict(trajectory), prompts)
-        A = A.to(step_weight) * step_weight  # (B,T)
+        A = A.to(step_weight) * step_weight  # (B,T)·(T,) -> (B,T)
 
         B = len(prompts)
         order = training.permutation(B, config.seed, "minibatches", n)
         for pictures in order.tensor_split(config.updates_per_round):
-            i, k = ddpo.step_pairs(pictures, config, n)
-            scale = T / len(i)  # a mean over pictures, and a sum over steps
-            for i, k in training.batches(i, k, config.train_batch_size):
+            all_i, all_k = ddpo.step_pairs(pictures, config, n)
+            scale = T / len(all_i)  # a mean over pictures, and a sum over steps
+            for i, k in training.batches(all_i, all_k, config.train_batch_size):
                 mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
                 action = trajectory.latents[i, k + 1]
                 log_prob = mdp.log_prob(action, mean, std) / root
@@ -291,8 +289,8 @@ def train(config):
             optimizer.step()
             optimizer.zero_grad()
         baseline.fit(trajectory, r, n)
-        kl = path_kl(pipe, trajectory, reference_means, config).sum(1)
-        run.log(n, reward=r, grad_norm=grad_norm, gold=g, kl=kl)
+        path = path_kl(pipe, trajectory, reference_means, config).sum(1)
+        run.log(n, reward=r, grad_norm=grad_norm, gold=g, kl=path)
 
     return run, run.finish(pipe)
 

@@ -22,17 +22,19 @@ only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 1
 WRITES early_stopping.csv (a line for each run and round; "stopped": whether the rule keeps this
 round) and early_stopping.png in --out. The price counts a label as one more reward query.
 """
-import json
+import math
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import figures, flags, models, runs, training  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -95,26 +97,25 @@ def kept_rounds(folder):
 
 def measure(pipe, reference, saved, gold, config):
     """Labels and path KL on the noise of the run's own seed, and the truth on that of all runs."""
-    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size})
-    columns, all_prompts = {}, get_prompts(settings.prompts)
+    settings = SimpleNamespace(**saved | {"batch_size": config.batch_size, "seed": config.seed})
+    all_prompts = get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
-    trajectory = mdp.rollout(pipe, prompts, settings, (config.seed, "labels", saved["seed"]))
+    trajectory = mdp.rollout(pipe, prompts, settings, "labels", saved["seed"])
     g = rewards.score(gold, trajectory.images, prompts, config.out)
-    columns["labels_mean"], columns["labels_se"] = training.mean_se(g)
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, settings)
-    kl = dpok.path_kl(pipe, trajectory, reference_means, settings)
-    columns["path_kl"] = kl.sum(1).mean().item()
+    kl = dpok.path_kl(pipe, trajectory, reference_means, settings).sum(1)
     prompts = training.spread_evenly(all_prompts, config.samples)
-    images = mdp.rollout(pipe, prompts, settings, (config.seed, "truth", 0)).images
+    images = mdp.rollout(pipe, prompts, settings, "truth").images
     truth = rewards.score(gold, images, prompts, config.out)
-    columns["gold"], columns["gold_se"] = training.mean_se(truth)
-    return columns
+    numbers = (*training.mean_se(g), kl.mean().item(), *training.mean_se(truth))
+    names = ("labels_mean", "labels_se", "path_kl", "gold", "gold_se")
+    return {name: round(number, 4) for name, number in zip(names, numbers)}
 
 
 def follow(label, folder, gold, config, bar):
     """A run's lines of the CSV file, and k, m and hindsight's best among them."""
-    saved, rows = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")), []
+    saved, rows = models.read_config(folder), []
     for n, queries, path in kept_rounds(folder):
         if path:
             pipe, reference = models.load_run(path, config.device, config.dtype)
@@ -124,21 +125,50 @@ def follow(label, folder, gold, config, bar):
         columns = measure(pipe, reference, saved, gold, config)
         rows.append({"run": label, "round": n, "queries": queries, **columns})
         bar.update()
-    (k, m), best = stop_by_rule(rows, config.kl_bound), hindsights_best(rows)
+    k, m = stop_by_rule(rows, config.kl_bound)
+    best = hindsights_best(rows)
     for n, row in enumerate(rows):
-        row |= {"stopped": "yes" if n == k else "no", "hindsight": "yes" if n == best else "no"}
+        row["stopped"] = "yes" if n == k else "no"
+        row["hindsight"] = "yes" if n == best else "no"
     return rows, k, m, best
 
 
-def print_table(found, labels):
-    print(f"\n{'run':24}{'rule: round':>12}{'KL':>8}{'gold':>16}{'price':>7}"
-          f"{'end: gold':>18}{'hindsight: round':>18}{'gold':>8}")
+def table_of(found, labels):
+    """A line for each run: what the rule keeps, at which price, the end, and hindsight's best."""
+    table = []
     for label, (rows, k, m, best) in found.items():
-        kept, end = (f"{row['gold']:.3f} ± {row['gold_se']:.3f}" for row in (rows[k], rows[-1]))
-        print(f"{label:24}{rows[k]['round']:12}{rows[k]['path_kl']:8.2f}{kept:>16}"
-              f"{price(rows, m, labels):7}{end:>18}{rows[best]['round']:18}"
-              f"{rows[best]['gold']:8.3f}")
-    print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
+        kept, end, chosen = rows[k], rows[-1], rows[best]
+        table.append({
+            "run": label, "kept round": kept["round"], "path KL": f"{kept['path_kl']:.2f}",
+            "gold": f"{kept['gold']:.3f} ± {kept['gold_se']:.3f}", "price": price(rows, m, labels),
+            "gold at the end": f"{end['gold']:.3f} ± {end['gold_se']:.3f}",
+            "hindsight's round": chosen["round"], "its gold": f"{chosen['gold']:.3f}"})
+    return table
+
+
+def draw(path, found, config):
+    """A panel a run: its labels and the truth against reward queries, and where to stop."""
+    R = math.ceil(len(found) / 3)
+    figure = Figure(figsize=(10, 2.6 * R + 0.9), dpi=120, layout="constrained")
+    axes = figure.subplots(R, 3, sharey=True, squeeze=False).flat
+    for ax, (label, (rows, k, m, best)) in zip(axes, found.items()):
+        x = [row["queries"] for row in rows]
+        truth = [row["gold"] for row in rows]
+        ax.errorbar(x, truth, [row["gold_se"] for row in rows], fmt="k-", lw=1, label="truth")
+        ax.errorbar(x, [row["labels_mean"] for row in rows], [row["labels_se"] for row in rows],
+                    fmt=".", capsize=3, elinewidth=0.8, label="labels")
+        ax.plot(x[k], truth[k], "o", ms=10, mfc="none", mew=2, label="kept by the rule")
+        ax.plot(x[best], truth[best], "*", ms=8, label="hindsight's best")
+        if m < len(rows):
+            ax.axvline(x[m], ls="--", color="red")
+        ax.set(title=label, xlabel="reward queries")
+        ax.grid(alpha=0.3)
+    for ax in figure.axes[len(found):]:
+        ax.set_axis_off()
+    figure.supylabel(f"gold: {config.gold} (red: path KL is above {config.kl_bound:g} nats)",
+                     size=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    figure.savefig(path)
 
 
 def main(argv=None):
@@ -147,17 +177,17 @@ def main(argv=None):
     if not folders:
         raise ValueError("--runs: name at least one folder that was trained with --keep-every")
     total = sum(len(kept_rounds(folder)) for folder in folders.values())
-    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
+    gold = rewards.get_reward(config.gold, config, flag="--gold")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "early_stopping.csv").unlink(missing_ok=True)
-    found, bar = {}, tqdm(total=total, desc="kept rounds", unit="round")
-    for label, folder in folders.items():
-        found[label] = follow(label, folder, gold, config, bar)
-        for row in found[label][0]:
-            runs.append_row(out / "early_stopping.csv", row)
-    bar.close()
-    print_table(found, config.labels)
-    figures.early_stopping(out / "early_stopping.png", found, config.gold, config.kl_bound)
+    found, lines = {}, []
+    with tqdm(total=total, desc="kept rounds", unit="round") as bar:
+        for label, folder in folders.items():
+            found[label] = follow(label, folder, gold, config, bar)
+            lines += found[label][0]
+            runs.write_rows(out / "early_stopping.csv", lines)
+    print(tables.as_text(table_of(found, config.labels)))
+    print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
+    draw(out / "early_stopping.png", found, config)
     print(f"early_stopping.csv and early_stopping.png are in {out}")
     return found
 

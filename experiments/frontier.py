@@ -22,9 +22,7 @@ at equal KL. A small β rests on few pictures: where fewer than 50 effective one
 (Σ w)²/Σ w², the curve ends. It is concave and its slope is β, so its last tangent (dotted) is still
 a bound.
 """
-import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -32,10 +30,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import commands, figures, flags, models, runs, tables, training  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import commands, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -143,49 +143,50 @@ def check(config):
     """ValueError for what would fail only after the pictures are drawn.  -> label: run's folder"""
     if len(get_prompts(config.prompts)) != 1:
         raise ValueError(f"--prompts {config.prompts}: the frontier is that of one prompt")
-    labels, wanted = runs.labels(config.runs), {name: getattr(config, name) for name in SAME}
-    for folder in labels.values():
-        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        for name, value in wanted.items():
-            if saved.get(name) != value:
-                raise ValueError(f"--runs {folder}: made with {flags.flag(name)} "
-                                 f"{saved.get(name)}, not {value}")
+    folders = runs.labels(config.runs)
+    wanted = {name: getattr(config, name) for name in SAME}
+    for folder in folders.values():
+        saved = models.read_config(folder)
+        flags.check_settings(f"--runs {folder}", saved, wanted, "its place is under another curve")
     if Path(config.out, "pictures.csv").is_file():
-        of_noise = {"gold": config.gold, "seed": config.seed}
-        commands.check_settings(Path(config.out), wanted | of_noise)
-    return labels
+        wanted |= {"gold": config.gold, "seed": config.seed}
+        commands.check_settings(Path(config.out), wanted)
+    return folders
 
 
 def draw_pictures(config, reward, gold):
     """Reward and gold of pretrained pictures; draws the blocks that are missing.  -> (N,), (N,)"""
-    folder, path = Path(config.out), Path(config.out, "pictures.csv")
+    folder = Path(config.out)
+    path = folder / "pictures.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
-    rows, prompts = runs.read_rows(path), get_prompts(config.prompts) * BLOCK
+    runs.write_json(folder / "config.json", asdict(config))
+    rows = runs.read_rows(path)
+    prompts = get_prompts(config.prompts) * BLOCK
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
     first, end = len(rows) // BLOCK, math.ceil(config.pictures / BLOCK)
     for k in tqdm(range(first, end), "pretrained pictures", end, initial=first, unit="block"):
-        images = mdp.rollout(pipe, prompts, config, noise=(config.seed, "frontier", k)).images
-        r = rewards.score(reward, images, prompts, folder).tolist()
-        g = rewards.score(gold, images, prompts, folder).tolist()
-        rows += [{"reward": a, "gold": b} for a, b in zip(r, g)]
-        tables.write_csv(path.with_suffix(".part"), rows)
-        os.replace(path.with_suffix(".part"), path)  # a stop leaves the old file or the new one
+        images = mdp.rollout(pipe, prompts, config, "frontier", k).images
+        r = rewards.score(reward, images, prompts, folder)
+        g = rewards.score(gold, images, prompts, folder)
+        rows += [{"reward": round(a, 4), "gold": round(b, 4)}
+                 for a, b in zip(r.tolist(), g.tolist())]
+        runs.write_rows(path, rows)  # a stop leaves the old file or the new one
     numbers = [[row["reward"], row["gold"]] for row in rows[:config.pictures]]
     r, g = torch.tensor(numbers, dtype=torch.float64).T
-    if not r.isfinite().all() or r.std() == 0:
-        raise ValueError(f"{path}: no curve from these rewards: all alike, or not finite")
+    if r.std() == 0:
+        raise ValueError(f"{path}: no curve from rewards that are all alike")
     return r, g
 
 
 def ends_of(folder, config, reward, gold):
     """(mean, s.e.) of reward, of gold and of path KL of a finished run, on fresh noise."""
-    summary = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
-    names, prompts = ("reward", "gold", "kl"), get_prompts(config.prompts)
+    summary = tables.summary_of(folder)
+    names = ("reward", "gold", "kl")
     if summary.get("gold", {}).get("title") == f"gold: {config.gold}":
         return [(summary[name]["after"], summary[name]["after_se"]) for name in names]
     # A run of chapter 3 has neither gold nor KL.
     pipe, reference = models.load_run(folder, config.device, config.dtype)
+    prompts = get_prompts(config.prompts)
     found = dpok.evaluate(pipe, prompts, reward, gold, reference, config)
     return [training.mean_se(found[name]) for name in names]
 
@@ -193,6 +194,12 @@ def ends_of(folder, config, reward, gold):
 def rows_of(names, *columns):
     """Lines of a CSV file.  columns: (N,) or (N,K) each, that stand side by side."""
     return [dict(zip(names, line, strict=True)) for line in np.column_stack(columns).tolist()]
+
+
+def rounded(row):
+    """The same line with numbers of four digits behind the point, or four in all if larger."""
+    return {name: value if isinstance(value, str) else f"{value:.4f}" if abs(value) < 10 else
+            f"{value:.4g}" for name, value in row.items()}
 
 
 def table_of(curve, best, ends):
@@ -215,20 +222,52 @@ def table_of(curve, best, ends):
     return rows
 
 
-def print_table(rows, config):
-    print(f"\n{'':24}{'KL at least':>12}{'at most':>10}{config.reward:>18}{config.gold:>18}")
-    for row in rows:
-        print("{what:24}{KL at least:12.3f}{KL at most:10.3f}{reward:10.3f} ± {reward_se:.3f}"
-              "{gold:10.3f} ± {gold_se:.3f}".format(**row))
+def draw(path, curve, best, ends, config):
+    """Reward and gold against KL: the curve ± s.e., best of n, and runs at their path KL."""
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    titles = (f"proxy: {config.reward} (nothing is above the curve)",
+              f"gold: {config.gold} (the curve is no bound)")
+    x, beta = [row["kl"] for row in curve], curve[-1]["beta"]
+    for i, (ax, name) in enumerate(zip(figure.subplots(1, 2), ("reward", "gold"))):
+        y = np.array([row[name] for row in curve])
+        error = np.array([row[f"{name}_se"] for row in curve])
+        ax.fill_between(x, y - error, y + error, alpha=0.25, color="black", lw=0)
+        ax.plot(x, y, "k", lw=1)
+        ax.annotate("p_β", (x[-1], y[-1]), (-4, 4), textcoords="offset points", ha="right")
+        if name == "reward":  # concave, with the slope β: nothing is above its last tangent either
+            top = max([y[-1], *(row["reward"] for row in best), *(run[0][0] for run in ends.values())])
+            ax.plot([x[-1], x[-1] + (top - y[-1]) / beta], [y[-1], top], "k:", lw=1)
+        for row in best:
+            ax.errorbar(row["kl_bound"], row[name], row[f"{name}_se"], fmt="ko", ms=4, mfc="white")
+            ax.annotate(f"best of {row['n']:.0f}", (row["kl_bound"], row[name]), (6, -3),
+                        textcoords="offset points", size=7)
+        low, high = ax.get_ylim()
+        place = -math.inf  # of the label below
+        for k, (label, run) in enumerate(sorted(ends.items(), key=lambda item: item[1][i])):
+            (value, its_error), (kl, _) = run[i], run[2]
+            ax.errorbar(kl, value, its_error, fmt="<", ms=5, color=f"C{k}")
+            place = max(value, place + 0.05 * (high - low))
+            ax.annotate(label, (kl, place), (6, -3), textcoords="offset points", size=7,
+                        color=f"C{k}")
+        ax.set(xlabel="KL to the pretrained model, nats (best of n and runs: at most)",
+               title=titles[i])
+        ax.set_xscale("asinh", linear_width=0.5)
+        ticks = [0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10000]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        left, right = ax.get_xlim()
+        ax.set_xlim(left, 10 * right)  # room for the labels
+        ax.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    labels, out = check(config), Path(config.out)
-    reward = rewards.get_reward(config.reward, config, config.device)
-    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
+    folders, out = check(config), Path(config.out)
+    reward = rewards.get_reward(config.reward, config)
+    gold = rewards.get_reward(config.gold, config, flag="--gold")
     r, g = draw_pictures(config, reward, gold)
-    ends = {label: ends_of(folder, config, reward, gold) for label, folder in labels.items()}
+    ends = {label: ends_of(folder, config, reward, gold) for label, folder in folders.items()}
 
     betas = BETAS * r.std().item()
     errors, best_errors = bootstrap_errors(r, g, betas, config.seed)
@@ -236,14 +275,11 @@ def main(argv=None):
     curve = [row for row in curve if row["ess"] >= MIN_ESS]
     best = rows_of(("n", *POINT, "kl_bound", "queries"), NS, best_of_n(r, g), best_errors,
                    [ev.best_of_n_kl(n) for n in NS], NS)
-    tables.write_csv(out / "frontier.csv", curve)
-    tables.write_csv(out / "best_of_n.csv", best)
     rows = table_of(curve, best, ends)
-    tables.write_csv(out / "table.csv", rows)
-    print_table(rows, config)
-    figures.frontier(out / "frontier.png", curve, best, ends, (
-        f"proxy: {config.reward} (nothing is above the curve)",
-        f"gold: {config.gold} (the curve is no bound)"))
+    for name, lines in (("frontier", curve), ("best_of_n", best), ("table", rows)):
+        runs.write_rows(out / f"{name}.csv", [rounded(line) for line in lines])
+    print(tables.as_text([rounded(row) for row in rows]))
+    draw(out / "frontier.png", curve, best, ends, config)
     print(f"frontier.csv, best_of_n.csv, table.csv and frontier.png are in {out}")
     return curve, best, ends
 

@@ -16,6 +16,7 @@ The result is a diffusers folder: StableDiffusionPipeline.from_pretrained("tiny_
 About 75 minutes on one CPU core (vae 22, unet 37, refine 12).  `--only` does a single step.
 """
 
+import csv
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import flags, models, runs, training  # noqa: E402
+from support import flags, models, training  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # forward_process, denoising_loss
@@ -383,7 +384,11 @@ def note(folder, measured, value):
     """Prints something measured, and adds it to measured.csv in the folder."""
     value = float(f"{value:.3g}")
     print(f"{measured:80} {value:g}")
-    runs.append_row(Path(folder, "measured.csv"), {"measured": measured, "value": value})
+    with open(Path(folder, "measured.csv"), "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(["measured", "value"])
+        writer.writerow([measured, value])
 
 
 if __name__ == "__main__":

@@ -19,23 +19,27 @@ EXPECT gold to fall at β = 0 while the proxy rises; incompressibility to crowd 
 stars, for this model knows no noise; and more and more digits, beside numbers of shapes that get no
 better. The KL term does not keep the digits out: writing costs few nats.
 WRITES run folders runs/overoptimization_*/, and in runs/ the pictures overoptimization.png (proxy
-and gold against path KL, a dot at hindsight's best), _noise.png and _writing.png (films; the latter
-shows first of all pictures where the trick has worked), and _writing_curves.png.
+and gold against reward queries, mean of five rounds, a dot at hindsight's best), _noise.png and
+_writing.png (films; the latter shows pictures first where the trick has worked).
 """
-import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import commands, figures, flags, reward_models, runs, training  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import commands, figures, flags, models, reward_models, runs, training  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 PROXY_BETAS = (0.0, 0.01, 0.1)
 WRITING_BETAS = (0.0, 0.03)
 PROMPTS = 4  # of a round of the writing
 SHOWN = 4  # prompts in the film of the writing, for each β
+WINDOW = 5  # rounds of a mean
 
 
 @dataclass(frozen=True)
@@ -56,178 +60,151 @@ OWN = ("--beta", "--value", "--rounds", "--samples-per-prompt", "--learning-rate
 OF_WRITING = ("--prompts", "--prompts-per-round", "--film-pictures")
 
 
-def check(config, passed_on):
-    """ValueError for what the part "writing" cannot do."""
-    if config.only not in (None, "writing"):
-        return
-    if config.samples_per_prompt % PROMPTS or config.samples_per_prompt < 2 * PROMPTS:
-        raise ValueError(f"--samples-per-prompt must be a multiple of {PROMPTS}, at least "
-                         f"{2 * PROMPTS}: the part writing shares them among {PROMPTS} prompts")
-    for word in passed_on:
-        name = word.partition("=")[0].replace("_", "-")
-        if name in OF_WRITING:
-            raise ValueError(f"{name} behind -- : the part writing has its own; choose --only "
-                             "proxy or --only noise")
-
-
 def commands_of(config, passed_on):
     """Part -> {a run's name: its command}: one for each β, and one for the noise."""
-    shared = ["--gold", config.gold, "--rounds", str(config.rounds), "--learning-rate",
-              str(config.learning_rate), "--seed", str(config.seed)]
-    one_prompt = [*shared, "--samples-per-prompt", str(config.samples_per_prompt)]
-    numbers = [*shared, "--prompts", "count", "--prompts-per-round", str(PROMPTS),
-               "--samples-per-prompt", str(config.samples_per_prompt // PROMPTS),
-               "--film-pictures", "32"]
-    proxy, writing = {}, {}
-    for beta in PROXY_BETAS:
-        proxy[f"{config.name}_beta_{beta:g}"] = [
-            "04_dpok.py", "--reward", config.reward, "--beta", str(beta), "--keep-every", "5",
-            *one_prompt, *passed_on]
-    noise = {f"{config.name}_noise": [
-        "04_dpok.py", "--reward", "incompressibility", "--beta", "0", "--no-value", *one_prompt,
-        *passed_on]}
-    for beta in WRITING_BETAS:
-        writing[f"{config.name}_writing_beta_{beta:g}"] = [
-            "04_dpok.py", "--reward", "vlm_strict", "--beta", str(beta), "--no-value", *numbers,
-            *passed_on]
+    shared = flags.words_of(config, ("gold", "rounds", "learning_rate", "seed"))
+    one_prompt = [*shared, "--samples-per-prompt", str(config.samples_per_prompt), *passed_on]
+    numbers = [*shared, "--samples-per-prompt", str(config.samples_per_prompt // PROMPTS),
+               "--prompts", "count", "--prompts-per-round", str(PROMPTS), "--film-pictures", "32",
+               *passed_on]
+    start, no_value = ["04_dpok.py", "--reward"], ["--no-value", "--beta"]
+    proxy = {f"{config.name}_beta_{beta:g}": [
+        *start, config.reward, "--keep-every", "5", "--beta", str(beta), *one_prompt]
+        for beta in PROXY_BETAS}
+    noise = {f"{config.name}_noise": [*start, "incompressibility", *no_value, "0", *one_prompt]}
+    writing = {f"{config.name}_writing_beta_{beta:g}": [
+        *start, "vlm_strict", *no_value, str(beta), *numbers] for beta in WRITING_BETAS}
     return {"proxy": proxy, "noise": noise, "writing": writing}
 
 
-def running_mean(values, window=5):
-    """The mean of each value and those before it, `window` of them at most."""
+def running_mean(values):
+    """The mean of each value and those before it, WINDOW of them at most."""
     means = []
-    for i in range(len(values)):
-        latest = values[max(0, i - window + 1):i + 1]
+    for end in range(1, len(values) + 1):
+        latest = values[max(0, end - WINDOW):end]
         means.append(sum(latest) / len(latest))
     return means
 
 
-def hindsights_best(gold, window=5):
-    """Index of gold at which its running mean is highest."""
-    means = running_mean(gold, window)
+def hindsights_best(gold):
+    """argmax_n (g_n + … + g_{n−4})/5: the round at which gold's running mean is highest."""
+    means = running_mean(gold)
     return means.index(max(means))
 
 
-def describe(label, rows, reward, gold, window=5):
-    """One sentence: where a run ended, and where it was best, as one sees in hindsight."""
-    golds = [row["gold"] for row in rows]
-    best = hindsights_best(golds, window)
-    highest, _ = training.mean_se(golds[max(0, best - window + 1):best + 1])
-    last_reward, _ = training.mean_se([row["reward"] for row in rows[-window:]])
-    last_gold, _ = training.mean_se(golds[-window:])
-    return (f"{label}: over the last {len(golds[-window:])} of {len(rows)} rounds {reward} is "
-            f"{last_reward:.3f}, {gold} {last_gold:.3f}, at {rows[-1]['kl']:.0f} nats; "
-            f"in hindsight {gold} was best, {highest:.3f}, at round {best + 1}.")
+def curves_of(folder, name):
+    """Reward queries, and the running mean of a column of metrics.csv."""
+    rows = runs.read_rows(folder / "metrics.csv")
+    return [row["queries"] for row in rows], running_mean([row[name] for row in rows])
 
 
-def draw_proxy(config, names):
-    """Proxy and gold against path KL.  -> label: (rows, hindsight's best)"""
-    lines = {}
-    for beta, name in zip(PROXY_BETAS, names):
-        rows = runs.read_rows(Path(config.out, name, "metrics.csv"))
-        label = f"β = {beta:g}"
-        lines[label] = (rows, hindsights_best([row["gold"] for row in rows]))
-        print(describe(label, rows, config.reward, config.gold))
-    path = Path(config.out, f"{config.name}.png")
-    figures.overoptimization(path, lines, {"reward": config.reward, "gold": config.gold},
-                             "Training on and on; dots: hindsight's best round by gold")
-    print(f"Proxy and gold against path KL: {path}")
-    return lines
+def draw_lines(path, panels, marks=None):
+    """Panels side by side, against reward queries.  panels: title -> {label: (x, y)}
+
+    marks: label -> the place of a dot on its lines. A line's label stands at its end.
+    """
+    figure = Figure(figsize=(4 * len(panels), 3.4), dpi=110, layout="constrained")
+    for ax, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for label, (x, y) in lines.items():
+            line, = ax.plot(x, y)
+            ax.annotate(f" {label}", (x[-1], y[-1]), va="center", size=8, color=line.get_color())
+            if marks:
+                k = marks[label]
+                ax.plot(x[k], y[k], "o", color=line.get_color())
+        ax.set(xlabel="reward queries", title=title)
+        ax.set_xlim(right=1.3 * x[-1])  # room for the labels
+        ax.margins(y=0.1)
+        ax.grid(alpha=0.3)
+    figure.savefig(path)
 
 
-def draw_noise(config, names):
-    (name,) = names
-    path = Path(config.out, f"{config.name}_noise.png")
-    figures.frame(path, Path(config.out, name, "film.png"),
-                  "Paid for incompressibility, from top to bottom")
-    print(f"What incompressibility pays for: {path}")
+def draw_proxy(config, folders):
+    """Proxy and gold as training goes on.  -> a line for each β"""
+    panels = {f"paid for: {config.reward}": {}, f"meant: {config.gold}": {}}
+    rows, marks = [], {}
+    for beta, folder in zip(PROXY_BETAS, folders):
+        row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
+        label = f"β = {beta:g},\n {row['kl after']} nats"
+        for lines, name in zip(panels.values(), ("reward", "gold")):
+            lines[label] = curves_of(folder, name)
+        gold = [line["gold"] for line in runs.read_rows(folder / "metrics.csv")]
+        best = marks[label] = hindsights_best(gold)
+        highest = training.mean_se(gold[max(0, best + 1 - WINDOW):best + 1])
+        row["hindsight's best round"] = best + 1
+        row["gold over its last five rounds"] = tables.rounded(*highest)
+        rows.append(row)
+    draw_lines(Path(config.out, f"{config.name}.png"), panels, marks)
+    return rows
 
 
-def draw_writing(config, names):
-    """The films side by side, and the curves.  -> β: (queries, share with the right digit)"""
-    folders = [Path(config.out, name) for name in names]
-    films = [runs.read_film(folder) for folder in folders]
-    digits = {}
-    for beta, folder, (prompts, frames) in zip(WRITING_BETAS, folders, films):
+def draw_noise(config, folders):
+    """What incompressibility pays for: the run's own film."""
+    shutil.copy(folders[0] / "film.png", Path(config.out, f"{config.name}_noise.png"))
+    return [{"run": folders[0].name} | tables.gains_of(folders[0])]
+
+
+def draw_writing(config, folders):
+    """The films side by side, and the curves.  -> a line for each β"""
+    rows, films = [], {}
+    panels = {"paid for: vlm_strict": {}, f"meant: {config.gold}": {}, "the number is written": {}}
+    for beta, folder in zip(WRITING_BETAS, folders):
+        prompts, frames = runs.read_film(folder)
         shares = [written_shares(images, prompts) for images in frames.values()]
-        digits[beta] = list(frames), [asked_for for asked_for, _ in shares]
-        rows = runs.read_rows(folder / "metrics.csv")
-        print(describe(f"β = {beta:g}", rows, "vlm_strict", config.gold))
-        print(f"β = {beta:g}: the number is written in {shares[0][0]:.0%} of {len(prompts)} "
-              f"pictures at first, in {shares[-1][0]:.0%} in the end; any digit in "
-              f"{shares[0][1]:.0%} and {shares[-1][1]:.0%}.")
+        row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
+        for when, place in (("before", 0), ("after", -1)):
+            row[f"number written {when}"] = f"{shares[place][0]:.2f}"
+            row[f"any digit {when}"] = f"{shares[place][1]:.2f}"
+        rows.append(row)
+        label = f"β = {beta:g}"
+        films[label] = frames
+        of_reward, of_gold, of_number = panels.values()
+        of_reward[label] = curves_of(folder, "reward")
+        of_gold[label] = curves_of(folder, "gold")
+        of_number[label] = list(frames), [right for right, _ in shares]
+    draw_lines(Path(config.out, f"{config.name}_writing_curves.png"), panels)
+    ask = reward_models.load_vlm(models.read_config(folders[0])["vlm"], "cpu")
+    draw_films(Path(config.out, f"{config.name}_writing.png"), prompts, films, ask)
+    return rows
 
-    film = Path(config.out, f"{config.name}_writing.png")
-    vlm = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))["vlm"]
-    draw_films(film, films, reward_models.load_vlm(vlm, "cpu"))
-    curves = Path(config.out, f"{config.name}_writing_curves.png")
-    draw_curves(curves, folders, digits, config.gold)
-    print(f"The films: {film}; the curves: {curves}")
-    return digits
 
-
-def draw_films(path, films, ask):
+def draw_films(path, prompts, films, ask):
     """A row for each frame; columns: some prompts for each β; below: who sees how many shapes."""
-    prompts, first = films[0]
+    first = next(iter(films.values()))
     shown = telling(prompts, list(first.values())[-1])
     names = [prompts[i] for i in shown]
-    strips, captions, columns = [], [], []
-    for beta in WRITING_BETAS:
-        columns += [f"{name}\nβ = {beta:g}" for name in names]
-    for frame in zip(*[frames.values() for _, frames in films]):  # of each β, at equal queries
-        row, below = [], []
-        for images in frame:
-            row += [images[i] for i in shown]
-            below += verdicts(ask, [images[i] for i in shown], names)
-        strips.append(row)
+    questions = [judge.questions(name)[0][0] for name in names]
+    strips, captions = [], []
+    for queries in first:
+        strip, below = [], []
+        for frames in films.values():
+            images = [frames[queries][i] for i in shown]
+            strip += images
+            answers = zip(ask(images, questions), judge.see(images), questions)
+            below += [f"VLM: {answer}\njudge: {judge.answer(objects, question)}"
+                      for answer, objects, question in answers]
+        strips.append(strip)
         captions.append(below)
-    rows = [f"{queries} queries" for queries in films[0][1]]
-    figures.sheet(path, strips, rows, columns, None, captions)
+    columns = [f"{name}\n{label}" for label in films for name in names]
+    figures.sheet(path, strips, [f"{queries} queries" for queries in first], columns, None, captions)
 
 
 def telling(prompts, images):
     """Places of SHOWN pictures, first those with the right number written and another drawn."""
     fooled, others = [], []
-    for i, (prompt, digit, objects) in enumerate(zip(prompts, judge.read(images),
-                                                     judge.see(images))):
-        (group,) = shapes.parse(prompt)
+    for i, (digit, objects) in enumerate(zip(judge.read(images), judge.see(images))):
+        (group,) = shapes.parse(prompts[i])
         is_trick = digit == group.count != len(objects)
         (fooled if is_trick else others).append(i)
-    places = training.spread_evenly(fooled, SHOWN)[:len(fooled)]
-    return sorted(places + training.spread_evenly(others, SHOWN)[:SHOWN - len(places)])
-
-
-def draw_curves(path, folders, digits, gold):
-    """Running means of proxy and gold, and writing, against reward queries: a line for each β."""
-    proxies, golds, written = {}, {}, {}
-    for (beta, (frames, shares)), folder in zip(digits.items(), folders):
-        rows = runs.read_rows(folder / "metrics.csv")
-        queries = [row["queries"] for row in rows]
-        proxies[f"β = {beta:g}"] = queries, running_mean([row["reward"] for row in rows])
-        golds[f"β = {beta:g}"] = queries, running_mean([row["gold"] for row in rows])
-        written[f"β = {beta:g}"] = frames, shares
-    panels = {"paid for: vlm_strict": proxies, f"meant: {gold}": golds,
-              "share with the number written": written}
-    figures.lines(path, panels, "reward queries", "Paid for what a vision-language model answers")
+    places = training.spread_evenly(fooled, min(SHOWN, len(fooled)))
+    return sorted(places + training.spread_evenly(others, SHOWN - len(places)))
 
 
 def written_shares(images, prompts):
     """Share of pictures with the digit that the prompt asks for, and with any digit."""
-    right, some = [], []
-    for digit, prompt in zip(judge.read(images), prompts, strict=True):
-        (group,) = shapes.parse(prompt)
-        right.append(digit == group.count)
-        some.append(digit is not None)
+    digits = judge.read(images)
+    right = [digit == shapes.parse(prompt)[0].count for digit, prompt in zip(digits, prompts)]
+    some = [digit is not None for digit in digits]
     return sum(right) / len(right), sum(some) / len(some)
-
-
-def verdicts(ask, images, prompts):
-    """How many shapes the vision-language model says there are, and how many the judge counts."""
-    questions = [judge.questions(prompt)[0][0] for prompt in prompts]
-    lines = []
-    for answer, objects, question in zip(ask(images, questions), judge.see(images), questions):
-        lines.append(f"VLM: {answer}\njudge: {judge.answer(objects, question)}")
-    return lines
 
 
 DRAW = {"proxy": draw_proxy, "noise": draw_noise, "writing": draw_writing}
@@ -236,14 +213,24 @@ DRAW = {"proxy": draw_proxy, "noise": draw_noise, "writing": draw_writing}
 def main(argv=None):
     own, passed_on = commands.split_flags(argv, OWN)
     config = flags.parse(Config, __doc__, own)
-    check(config, passed_on)
     parts = commands_of(config, passed_on)
-    chosen = [config.only] if config.only else list(parts)
+    if config.only:
+        parts = {config.only: parts[config.only]}
+    if "writing" in parts:
+        if config.samples_per_prompt % PROMPTS or config.samples_per_prompt < 2 * PROMPTS:
+            raise ValueError(f"--samples-per-prompt must be a multiple of {PROMPTS}, at least "
+                             f"{2 * PROMPTS}: the part writing shares them among {PROMPTS} prompts")
+        commands.split_flags(["--", *passed_on], OF_WRITING)  # it has its own
     wanted = {}
-    for part in chosen:
-        wanted |= parts[part]
+    for commands_of_part in parts.values():
+        wanted |= commands_of_part
     commands.train_missing(wanted, config.out)
-    return {part: DRAW[part](config, list(parts[part])) for part in chosen}
+    rows = {}
+    for part, names in parts.items():
+        rows[part] = DRAW[part](config, [Path(config.out, name) for name in names])
+        print(f"\n{part}, on pictures from fresh noise:\n{tables.as_text(rows[part])}")
+    print(f"The pictures: {Path(config.out, config.name)}*.png")
+    return rows
 
 
 if __name__ == "__main__":

@@ -23,19 +23,21 @@ WRITES a run folder like chapter 4's. Without its own two flags this script *is*
 """
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, parallel, plan, runs, training  # noqa: E402
+from support import flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
 rewards = import_module("02_rewards")  # get_reward, score
-ddpo = import_module("03_ddpo")  # step_weights, mean_of_others
+ddpo = import_module("03_ddpo")  # check, step_weights, step_pairs, ratio_root
 dpok = import_module("04_dpok")  # Config, dpok_objective, Value, step_means, path_kl, evaluate
 
 
@@ -45,10 +47,12 @@ class Config(dpok.Config):
     target_kl: float | None = None  # β moves to hold the path KL here, in nats; default: β is fixed
 
 
-def mse_weights(scheduler, config):
-    """w_t = 2/(κ_t/σ_t)²: what turns KL_t into ‖ε_θ − ε_pre‖² (or v, or x_0).  -> (T,)"""
-    scheduler.set_timesteps(config.num_steps)
-    return 2 / mdp.noise_weight(scheduler, scheduler.timesteps, config.eta).float() ** 2
+def kl_weights(scheduler, config):
+    """w_t = 2/(κ_t/σ_t)², which makes KL_t ‖ε_θ − ε_pre‖²; 1 for exact, 0 for reward.  -> (T,)"""
+    models.set_timesteps(scheduler, config.num_steps)
+    kappa = mdp.noise_weight(scheduler, scheduler.timesteps, config.eta)
+    weights = {"mse": 2 / kappa**2, "exact": torch.ones_like(kappa)}
+    return weights.get(config.kl, torch.zeros_like(kappa)).float()
 
 
 def reward_to_go(r, log_prob, pre_log_prob, alpha, beta):
@@ -56,7 +60,7 @@ def reward_to_go(r, log_prob, pre_log_prob, alpha, beta):
 
     k and s count steps as they are taken: k = 0 is the action that leaves x_T.
     """
-    assert log_prob.shape == pre_log_prob.shape and len(r) == len(log_prob), log_prob.shape
+    assert log_prob.shape == pre_log_prob.shape and len(r) == len(log_prob)
     log_ratio = log_prob - pre_log_prob
     to_go = log_ratio.flip(1).cumsum(1).flip(1)
     return r[:, None] - beta / alpha * to_go
@@ -64,11 +68,13 @@ def reward_to_go(r, log_prob, pre_log_prob, alpha, beta):
 
 def pre_log_probs(pipe, trajectory, reference_means, config):
     """log p_pre(x_{t−1}|x_t, z) of the actions that were taken.  -> (B,T)"""
-    std = mdp.ddim_coefficients(pipe.scheduler, trajectory.timesteps, config.eta)[2]
-    log_prob = torch.empty_like(trajectory.log_probs)
-    for k in range(log_prob.shape[1]):
-        log_prob[:, k] = mdp.log_prob(trajectory.latents[:, k + 1], reference_means[:, k],
-                                      std[k].to(log_prob).view(1, 1, 1, 1))
+    _, _, sigma = mdp.ddim_coefficients(pipe.scheduler, trajectory.timesteps, config.eta)
+    sigma = mdp.column(sigma, reference_means)
+    log_prob = torch.zeros_like(trajectory.log_probs)
+    for i in training.mine(len(log_prob)).tolist():
+        actions = trajectory.latents[i, 1:]
+        log_prob[i] = mdp.log_prob(actions, reference_means[i], sigma)
+    training.total(log_prob)
     return log_prob
 
 
@@ -77,100 +83,73 @@ def adapt_beta(beta, kl, target, speed=0.2):
     return beta * (1 + speed * max(-1.0, min(1.0, kl / target - 1)))
 
 
-def check(config):
-    """Chapter 4's check, and ValueError for a β that cannot be adapted."""
-    dpok.check(config)
+def train(config):
+    """Chapter 4's loop with another leash.  -> the run, its summary"""
     if config.target_kl and config.beta == 0:
         raise ValueError("--target-kl moves β by a factor: it needs --beta above 0")
-
-
-def accumulate(pipe, trajectory, reference_means, advantage, betas, pictures, config, n):
-    """Chapter 4's accumulate, with a β for each step.  advantage: (B,T), betas: (T,)"""
-    B, T = advantage.shape
-    D = trajectory.latents[0, 0].numel()
-    all_i, all_k = training.step_pairs(pictures, T, config, n)
-    share = 1 / len(all_i)
-    stats = {"clip_fraction": 0.0, "kl_old": 0.0}
-    for i, k in training.batches(all_i, all_k, config.train_batch_size):
-        mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
-        log_prob = mdp.log_prob(trajectory.latents[i, k + 1], mean, std)
-        old_log_prob = trajectory.log_probs[i, k]
-        kl_old = mdp.kl_divergence(trajectory.means[i, k], mean, std)
-        kl = mdp.kl_divergence(mean, reference_means[i, k], std)
-        if config.ratio == "per_dim":
-            log_prob, old_log_prob, kl = log_prob / D, old_log_prob / D, kl / D
-        J = dpok.dpok_objective(log_prob, old_log_prob, advantage[i, k], kl, config.clip_range,
-                                config.alpha, betas[k])
-        loss = -J.sum() * T * share
-        loss.backward()
-        outside = ((log_prob - old_log_prob).exp() - 1).abs() > config.clip_range
-        stats["clip_fraction"] += outside.sum().item() * share
-        stats["kl_old"] += kl_old.sum().item() * T * share
-    return parallel.total_of(stats)
-
-
-def train(config):
-    """Chapter 4's loop with another leash.  Returns the run and its summary."""
-    check(config)
+    ddpo.check(config, "leave_one_out")
+    T, clip_range, alpha = config.num_steps, config.clip_range, config.alpha
     all_prompts = get_prompts(config.prompts)
-    film_prompts = training.spread_evenly(all_prompts, config.film_pictures)
-    reward = rewards.get_reward(config.reward, config, config.device)
-    gold = rewards.get_reward(config.gold, config, config.device, "--gold")
+    reward = rewards.get_reward(config.reward, config)
+    gold = rewards.get_reward(config.gold, config, flag="--gold")
     pipe = models.load_pipeline(config.model, config.device, config.dtype)
-    weight = ddpo.step_weights(pipe.scheduler, config).to(pipe.device)
-    kl_weight = torch.ones_like(weight)
-    if config.kl == "mse":
-        kl_weight = mse_weights(pipe.scheduler, config).to(pipe.device)
-    if config.kl == "reward":
-        kl_weight = torch.zeros_like(weight)
     params = models.trainable(pipe, config)
+    optimizer = models.adamw(params, config)
     reference = models.make_reference(pipe)
-    optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
-    value = dpok.Value(pipe, config)
+    step_weight = ddpo.step_weights(pipe, config)
+    kl_weight = kl_weights(pipe.scheduler, config).to(pipe.device)
+    root = ddpo.ratio_root(pipe, config)
+    baseline = dpok.Value(pipe, config)
     leash = {"beta": config.beta}
-    before = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
-    run = runs.Run(config, f"penalty_{config.kl}")
+    look = partial(dpok.evaluate, pipe, all_prompts, reward, gold, reference, config)
+    run = runs.Run(config, f"penalty_{config.kl}", look)
 
-    for n in run.rounds(pipe, optimizer, value, leash):
-        if run.is_film_due(n):
-            run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
+    for n in run.rounds(pipe, optimizer, baseline, leash):
         prompts = training.prompts_of_round(all_prompts, config, n)
-        trajectory = mdp.rollout(pipe, prompts, config, noise=(config.seed, "train", n))
+        trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():
             reference_means = dpok.step_means(pipe, trajectory, config)
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         g = rewards.score(gold, trajectory.images, prompts, run.folder)
-        R = r.float().to(pipe.device)[:, None]
+        R = r[:, None]
         if config.kl == "reward":
             pre_log_prob = pre_log_probs(pipe, trajectory, reference_means, config)
-            R = reward_to_go(R[:, 0], trajectory.log_probs, pre_log_prob, config.alpha,
-                             leash["beta"])
-        A = R - value.predict(trajectory)  # V is fitted to r; the nats to come are the others' mean
+            log_prob = trajectory.log_probs
+            R = reward_to_go(r.to(log_prob), log_prob, pre_log_prob, alpha, leash["beta"])
+        A = R - baseline.predict(trajectory).to(R)  # V is fitted to r: nats are the others' mean
         A = A - ddpo.mean_of_others(A, prompts)
-        A = A * weight
+        A = A.to(step_weight) * step_weight  # (B,T)
+        beta = leash["beta"] * kl_weight  # (T,)
 
-        for pictures in training.minibatches(len(prompts), config.updates_per_round, config.seed,
-                                             n):
-            stats = accumulate(pipe, trajectory, reference_means, A, leash["beta"] * kl_weight,
-                               pictures, config, n)
-            stats |= training.optimizer_step(optimizer, params, config)
-        if config.value:
-            value.fit(trajectory, r, n)
+        order = training.permutation(len(prompts), config.seed, "minibatches", n)
+        for pictures in order.tensor_split(config.updates_per_round):
+            i, k = ddpo.step_pairs(pictures, config, n)
+            scale = T / len(i)
+            for i, k in training.batches(i, k, config.train_batch_size):
+                mean, std = mdp.policy_at(pipe, trajectory, i, k, config)
+                action = trajectory.latents[i, k + 1]
+                log_prob = mdp.log_prob(action, mean, std) / root
+                old_log_prob = trajectory.log_probs[i, k] / root
+                kl = mdp.kl_divergence(mean, reference_means[i, k], std) / root
+                J = dpok.dpok_objective(
+                    log_prob, old_log_prob, A[i, k], kl, clip_range, alpha, beta[k])
+                loss = -J.sum() * scale
+                loss.backward()
+            training.total_gradients(params)
+            grad_norm = clip_grad_norm_(params, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        baseline.fit(trajectory, r, n)
         kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
-        run.log(n, reward=r, **stats, gold=g, kl=kl, **leash)
+        run.log(n, reward=r, grad_norm=grad_norm, gold=g, kl=kl, **leash)
         if config.target_kl:
             leash["beta"] = adapt_beta(leash["beta"], kl.mean().item(), config.target_kl)
 
-    run.add_to_film(mdp.rollout(pipe, film_prompts, config, (config.seed, "film", 0)))
-    after = dpok.evaluate(pipe, all_prompts, reward, gold, reference, config)
-    names = {"reward": config.reward, "gold": f"gold: {config.gold}", "kl": "path KL, nats"}
-    return run, run.finish(pipe, before, after, names)
+    return run, run.finish(pipe)
 
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, dpok.SD)
-    if config.plan:
-        return plan.report(config, reference=True, value=True)
     run, summary = train(config)
     runs.report(run, summary)
     return run

@@ -12,27 +12,23 @@ that was made with other settings. Flags behind a lone -- are passed on to chapt
 
 EXPECT a small rise from a high start, most for the family that starts lowest. BERTScore's recall
 takes little off for one wrong word, so a picture that is half wrong is still paid well.
-WRITES the run folder runs/prompt_alignment/, its prompts runs/prompt_alignment.txt, the plot
-runs/prompt_alignment.png (reward by family of prompt against reward queries), and the film
-runs/prompt_alignment_film.png: of each family the picture that changed most, for better or for
-worse, the same noise in a row.
+WRITES the run folder runs/prompt_alignment/ and its prompts, runs/prompt_alignment.txt.
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import commands, figures, flags, runs, training  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import commands, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
-WINDOW = 4  # rounds in a mean of the curves
+LAST = 4  # rounds of the table's last column
 Family = Literal["color", "count", "composition", "location", "bias"]
+OWN = ("--reward", "--prompts", "--rounds", "--prompts-per-round", "--samples-per-prompt", "--name",
+       "--out")
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,8 @@ class Config:
     prompts_per_family: int = 4  # prompts of each family, evenly spaced among all of it
     rounds: int = 48  # rounds of the run
     samples_per_prompt: int = 8  # pictures of each prompt in each round
-    name: str = "prompt_alignment"  # the run's folder, and how the pictures begin
+    name: str = "prompt_alignment"  # the run's folder, and how the file of its prompts begins
     out: str = "runs"  # folder of all runs
-
-
-OWN = ("--reward", "--prompts", "--film-pictures", "--rounds", "--prompts-per-round",
-       "--samples-per-prompt", "--name", "--out")
 
 
 def family_of_prompts(config):
@@ -60,73 +52,44 @@ def family_of_prompts(config):
     return families
 
 
-def write_prompts(path, prompts, folder):
-    """The prompts as a file for --prompts; ValueError if a finished run was made with others."""
-    if commands.is_finished(folder) and runs.read_film(folder)[0] != prompts:
-        raise ValueError(f"{folder} was made with other --families or --prompts-per-family: move "
-                         "it away, or choose another --name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-
-
-def read_curves(folder, families):
-    """Family -> (queries, mean reward of its pictures in the last WINDOW rounds)."""
-    config = SimpleNamespace(**json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
-    pictures = runs.read_rows(Path(folder, "pictures.csv"))
-    for n in range(config.rounds):
-        prompts = training.prompts_of_round(list(families), config, n)
-        of_round = [row for row in pictures if row["round"] == n + 1]
-        for prompt, row in zip(prompts, of_round, strict=True):
-            row["family"] = families[prompt]
-    queries, curves = sorted({row["queries"] for row in pictures}), {}
+def rows_of(folder, families):
+    """A line for each family: its pictures' mean reward in the first round and in the last."""
+    settings = SimpleNamespace(**models.read_config(folder))
+    rewards = {}  # (family, round) -> of its pictures
+    for row in runs.read_rows(folder / "pictures.csv"):
+        n = int(row["round"]) - 1
+        prompt = training.prompts_of_round(list(families), settings, n)[int(row["picture"])]
+        rewards.setdefault((families[prompt], n), []).append(row["reward"])
+    rows = []
     for family in dict.fromkeys(families.values()):
-        means = []
-        for n in range(1, config.rounds + 1):
-            latest = [row["reward"] for row in pictures
-                      if row["family"] == family and n - WINDOW < row["round"] <= n]
-            means.append(sum(latest) / len(latest))
-        curves[family] = queries, means
-    return curves
-
-
-def draw_film(path, folder, families):
-    """Of each family the prompt whose picture has changed most, be it for better or for worse."""
-    prompts, frames = runs.read_film(folder)
-    first, *_, last = [torch.tensor(np.stack(images)).float() for images in frames.values()]
-    changes = (last - first).abs().mean((1, 2, 3)).tolist()
-    shown = []
-    for family in dict.fromkeys(families.values()):
-        own = [i for i, prompt in enumerate(prompts) if families[prompt] == family]
-        shown.append(max(own, key=changes.__getitem__))
-    rows = [[images[i] for images in frames.values()] for i in shown]
-    figures.sheet(path, rows, [prompts[i] for i in shown], [f"{n} queries" for n in frames])
+        first = rewards[family, 0]
+        last = sum((rewards[family, n] for n in range(settings.rounds)[-LAST:]), [])
+        rows.append({"family": family,
+                     "first round": tables.rounded(*training.mean_se(first)),
+                     "last four rounds": tables.rounded(*training.mean_se(last))})
+    return rows
 
 
 def main(argv=None):
     own, passed_on = commands.split_flags(argv, OWN)
     config = flags.parse(Config, __doc__, own)
     families = family_of_prompts(config)
-    path = Path(config.out, config.name)  # the run; with endings: its prompts, plot and film
-    command = ["03_ddpo.py", "--reward", "vlm_alignment", "--prompts", f"{path}.txt",
+    folder = Path(config.out, config.name)
+    file = Path(f"{folder}.txt")
+    command = ["03_ddpo.py", "--reward", "vlm_alignment", "--prompts", str(file),
                "--prompts-per-round", str(len(families)), "--samples-per-prompt",
-               str(config.samples_per_prompt), "--rounds", str(config.rounds),
-               "--film-pictures", str(len(families)), *passed_on]
+               str(config.samples_per_prompt), "--rounds", str(config.rounds), *passed_on]
     commands.settings_of(command)  # a wrong flag is refused before the file is written
-    write_prompts(Path(f"{path}.txt"), list(families), path)
+    text = "\n".join(families) + "\n"
+    if folder.exists() and file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{folder} was made with other --families or --prompts-per-family: move "
+                         "it away, or choose another --name")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
     commands.train_missing({config.name: command}, config.out)
-
-    curves = read_curves(path, families)
-    print(f"\nMean reward of the first round, and of the last {WINDOW}:")
-    for family, (_, means) in curves.items():
-        print(f"{family:18}{means[0]:8.3f}  ->{means[-1]:8.3f}")
-    lines = {}
-    for family, (queries, means) in curves.items():
-        lines[family] = queries, torch.tensor([means])
-    figures.queries(f"{path}.png", lines, "vlm_alignment",
-                    f"Reward by family of prompt, mean of {WINDOW} rounds")
-    draw_film(f"{path}_film.png", path, families)
-    print(f"The plot: {path}.png; the film: {path}_film.png")
-    return curves
+    rows = rows_of(folder, families)
+    print(f"\nMean of vlm_alignment in training:\n{tables.as_text(rows)}")
+    return rows
 
 
 if __name__ == "__main__":

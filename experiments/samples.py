@@ -19,15 +19,16 @@ its network is pleased more easily by blue and green shapes: a proxy, and optimi
 WRITES runs/samples_REWARD/ for each reward (run folders as chapter 3's) and the sheet
 runs/samples.png, with the mean reward before → after training, on fresh noise, beside each row.
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments import tables  # noqa: E402
 from support import commands, figures, flags, runs  # noqa: E402
 
 REWARDS = ("aesthetic", "compressibility", "incompressibility")
+OWN = ("--reward", "--prompts", "--rounds", "--name", "--out")
 
 
 @dataclass(frozen=True)
@@ -38,51 +39,25 @@ class Config:
     out: str = "runs"  # folder of all runs
 
 
-OWN = ("--reward", "--prompts", "--rounds", "--name", "--out")
-
-
-def commands_of(config, passed_on):
-    """A run's name -> its command, for each reward."""
-    shared = ["--prompts", config.prompts, "--rounds", str(config.rounds)]
-    wanted = {}
-    for reward in REWARDS:
-        wanted[f"{config.name}_{reward}"] = [
-            "03_ddpo.py", "--reward", reward, *shared, *passed_on]
-    return wanted
-
-
-def read_ends(folder):
-    """A run's film: prompts, and pictures of the same noise before and after training."""
-    prompts, frames = runs.read_film(folder)
-    pictures = list(frames.values())  # from the first frame, at 0 reward queries, to the last
-    return prompts, pictures[0], pictures[-1]
-
-
-def read_rewards(folder):
-    """What a run's evaluation says of the reward, on fresh noise."""
-    summary = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
-    return summary["reward"]
-
-
 def main(argv=None):
     own, passed_on = commands.split_flags(argv, OWN)
     config = flags.parse(Config, __doc__, own)
-    wanted = commands_of(config, passed_on)
+    shared = ["--prompts", config.prompts, "--rounds", str(config.rounds), *passed_on]
+    wanted = {f"{config.name}_{reward}": ["03_ddpo.py", "--reward", reward, *shared]
+              for reward in REWARDS}
     commands.train_missing(wanted, config.out)
-
-    rows = {}
-    print("\nMean ± standard error on pictures from fresh noise:")
+    rows, pictures = [], {}
     for reward, name in zip(REWARDS, wanted):
         folder = Path(config.out, name)
-        prompts, before, after = read_ends(folder)
-        rows.setdefault("pretrained", before)  # of all runs the same
-        value = read_rewards(folder)
-        rows[f"{reward}\n{value['before']:.2f} → {value['after']:.2f}"] = after
-        line = "{before:8.3f} ± {before_se:.3f}  ->{after:8.3f} ± {after_se:.3f}"
-        print(f"{reward:18}" + line.format(**value))
+        rows.append({"run": name} | tables.gains_of(folder))
+        prompts, frames = runs.read_film(folder)
+        frames = list(frames.values())  # from 0 reward queries to the last
+        pictures.setdefault("pretrained", frames[0])  # of all runs the same
+        pictures["{}\n{reward before} → {reward after}".format(reward, **rows[-1])] = frames[-1]
+    print(f"\n{tables.as_text(rows)}")
     path = Path(config.out, f"{config.name}.png")
-    figures.sheet(path, list(rows.values()), list(rows), prompts)
-    print(f"The sheet: {path}")
+    figures.sheet(path, list(pictures.values()), list(pictures), prompts)
+    print(f"On pictures from fresh noise, with standard errors of the gain. The sheet: {path}")
     return rows
 
 

@@ -15,13 +15,15 @@ that was made with other settings. Flags behind a lone -- are passed on to chapt
 EXPECT the path KL at β = 0 to be several times that at chapter 4's β, for the same gold.
 WRITES runs/sweep_beta_B/ for each β (run folders as chapter 4's) and the plot runs/sweep.png.
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import commands, figures, flags  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import commands, flags  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -31,62 +33,37 @@ class Config:
     out: str = "runs"  # folder of all runs
 
 
-def check(config):
-    """ValueError for a --betas that makes no sweep."""
-    different = set()
-    for beta in config.betas:
-        different.add(f"{beta:g}")
-    if len(different) < 2 or len(different) < len(config.betas):
-        raise ValueError("--betas takes two or more different values of β")
-
-
-def commands_of(config, passed_on):
-    """A run's name -> its command, for each β."""
-    runs = {}
-    for beta in config.betas:
-        runs[f"{config.name}_beta_{beta:g}"] = ["04_dpok.py", "--beta", str(beta), *passed_on]
-    return runs
-
-
-def read_row(folder):
-    """(β/α, path KL, proxy, gold) that a run ended with; the last three are (mean, s.e.)."""
-    settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    summary = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
-    row = [settings["beta"] / settings["alpha"]]
-    for column in ("kl", "reward", "gold"):
-        row.append((summary[column]["after"], summary[column]["after_se"]))
-    return row, summary
-
-
-def print_table(rows, summary):
-    """One line for each β.  summary: of any run; what is said of the pretrained model is in all."""
-    proxy, gold = summary["reward"], summary["gold"]
-    print(f"\nAt {summary['queries']} reward queries each, on pictures from fresh noise, mean ± "
-          f"standard error\npretrained: {proxy['title']} {proxy['before']:.3f}, "
-          f"{gold['title']} {gold['before']:.3f}")
-    print(f"{'β/α':>8}{'path KL, nats':>18}{proxy['title']:>20}{gold['title']:>20}")
-    for ratio, kl, *values in rows:
-        line = f"{ratio:8.3g}" + "{:10.1f} ± {:5.1f}".format(*kl)
-        for value in values:
-            line += "{:12.3f} ± {:.3f}".format(*value)
-        print(line)
+def draw(path, summaries):
+    """Proxy and gold against path KL, β beside each point.  summaries: β -> a run's evaluation"""
+    figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
+    for ax, name in zip(figure.subplots(1, 2), ("reward", "gold")):
+        columns = [(s["kl"]["after"], s[name]["after"], s[name]["after_se"])
+                   for s in summaries.values()]
+        ax.errorbar(*zip(*columns), fmt=".-", lw=1, capsize=3)
+        for beta, (kl, value, _) in zip(summaries, columns):
+            ax.annotate(f"β = {beta:g}", (kl, value), (4, -10), textcoords="offset points", size=7)
+        ax.set(xlabel="path KL, nats", title=summaries[beta][name]["title"])
+        ax.set_xscale("symlog", linthresh=1)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def main(argv=None):
     own, passed_on = commands.split_flags(argv, ("--beta", "--name", "--out"))
     config = flags.parse(Config, __doc__, own)
-    check(config)
-    runs = commands_of(config, passed_on)
-    commands.train_missing(runs, config.out)
-
-    rows = []
-    for name in runs:
-        row, summary = read_row(Path(config.out, name))
-        rows.append(row)
-    print_table(rows, summary)
+    names = {beta: f"{config.name}_beta_{beta:g}" for beta in config.betas}
+    if len(names) < 2 or len(set(names.values())) < len(config.betas):
+        raise ValueError("--betas takes two or more different values of β")
+    wanted = {name: ["04_dpok.py", "--beta", str(beta), *passed_on]
+              for beta, name in names.items()}
+    commands.train_missing(wanted, config.out)
+    folders = {beta: Path(config.out, name) for beta, name in names.items()}
+    rows = [{"beta": beta} | tables.ends_of(folder) for beta, folder in folders.items()]
+    print(f"\n{tables.as_text(rows)}")
     path = Path(config.out, f"{config.name}.png")
-    figures.sweep(path, rows, (summary["reward"]["title"], summary["gold"]["title"]))
-    print(f"The plot: {path}")
+    draw(path, {beta: tables.summary_of(folder) for beta, folder in folders.items()})
+    print(f"On pictures from fresh noise; kl is the path KL in nats. The plot: {path}")
     return rows
 
 

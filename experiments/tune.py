@@ -15,14 +15,14 @@ finished is kept, so it can be stopped anywhere and goes on from there. EXPECT R
 it learns least, and small differences to be chance: each figure is of one seed.
 WRITES run folders in --out, and tuning.csv with a line for each setting, best first.
 """
-import json
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import commands, flags, tables  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import commands, flags, runs  # noqa: E402
 
 ev = import_module("05_eval")  # METHODS, command_of, Config
 
@@ -45,43 +45,30 @@ class Config:
     out: str = "runs/tuning"  # folder of the runs and of tuning.csv
 
 
-def commands_of(config):
-    """A run's name -> its command, for each method and setting."""
-    shared = ev.Config(prompts="tuning", rounds=config.rounds, tuned=False)
-    table = {}
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    shared = ev.Config(prompts="tuning", rounds=config.rounds, seed=config.seed)
+    wanted, rows = {}, []
     for method, settings in SETTINGS.items():
         for rate, updates in settings:
-            table[f"{method}_lr{rate:g}_K{updates}"] = [
-                *ev.command_of(method, shared, config.seed), "--learning-rate", str(rate),
+            wanted[f"{method}_lr{rate:g}_K{updates}"] = [
+                *ev.command_of(method, shared), "--learning-rate", str(rate),
                 "--updates-per-round", str(updates), "--eval-samples", "200"]
-    return table
-
-
-def read_rows(out):
-    """A line for each setting: what its training ended with, each method's best first."""
-    rows = []
+    commands.train_missing(wanted, config.out, config.jobs)
     for method, settings in SETTINGS.items():
         found = []
         for rate, updates in settings:
-            folder = Path(out, f"{method}_lr{rate:g}_K{updates}")
-            summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-            reward = summary["reward"]
-            found.append({"method": method, "learning rate": rate, "updates per round": updates,
-                          "reward before": round(reward["before"], 4),
-                          "reward after": round(reward["after"], 4),
-                          "standard error": round(reward["after_se"], 4)})
-        rows += sorted(found, key=lambda row: -row["reward after"])
-    return rows
-
-
-def main(argv=None):
-    config = flags.parse(Config, __doc__, argv)
-    commands.train_missing(commands_of(config), config.out, config.jobs)
-    rows = read_rows(config.out)
-    tables.write_csv(Path(config.out, "tuning.csv"), rows)
-    for row in rows:
-        print("{method:10} learning rate {learning rate:<8g} updates {updates per round:<4} reward "
-              "{reward before:+.3f} -> {reward after:+.3f} ± {standard error:.3f}".format(**row))
+            reward = tables.summary_of(
+                Path(config.out, f"{method}_lr{rate:g}_K{updates}"))["reward"]
+            found.append((reward["after"], {
+                "method": method, "learning rate": rate, "updates per round": updates,
+                "reward before": tables.rounded(reward["before"], reward["before_se"]),
+                "reward after": tables.rounded(reward["after"], reward["after_se"]),
+                "standard error": tables.rounded(reward["after_se"], reward["after_se"])}))
+        found.sort(key=lambda line: -line[0])
+        rows += [row for _, row in found]
+    runs.write_rows(Path(config.out, "tuning.csv"), rows)
+    print(tables.as_text(rows))
     return rows
 
 

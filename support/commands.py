@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from support import flags, training
 from support.models import HERE
@@ -22,7 +21,7 @@ def train_missing(commands, out, jobs=1):
 
     The run's --name and --out are added. ValueError before anything is started if a flag is wrong
     or a run that is there has other settings. A run that was cut short goes on from its checkpoint;
-    one that has none yet is moved aside, never deleted.
+    one that has none yet is moved aside, never deleted. After one that fails none is started.
     jobs: more than 1 runs that many side by side, each with its output in OUT/NAME.log.
     """
     if training.processes() > 1:
@@ -30,53 +29,38 @@ def train_missing(commands, out, jobs=1):
     missing = {}
     for name, command in commands.items():
         folder, settings = Path(out, name), settings_of(command)
-        if is_finished(folder) or Path(folder, CHECKPOINT).is_file():
+        if is_finished(folder):
             check_settings(folder, settings)
-        if not is_finished(folder):
-            missing[folder] = command
-    for folder, command in missing.items():
-        if Path(folder, CHECKPOINT).is_file():
+        elif Path(folder, CHECKPOINT).is_file():
+            check_settings(folder, settings)
             missing[folder] = [*command, "--resume", str(folder)]
         else:
-            move_aside(folder)
-            missing[folder] = [*command, "--name", folder.name, "--out", str(out)]
-    if jobs > 1 and missing:
-        return train_side_by_side(missing, jobs)
-    for folder, command in missing.items():
-        start(command)
-        if not is_finished(folder):
-            raise ValueError(f"no finished run in {folder} after {as_typed(command)}")
-
-
-def train_side_by_side(commands, jobs):
-    """Runs `jobs` commands at a time.  commands: folder -> command; its output is in FOLDER.log
-
-    After one that fails none is started; those that run are waited for, then ValueError.
-    """
-    waiting, running, failed = list(commands), {}, []
-    bar = tqdm(total=len(commands), desc="runs", unit="run")
+            missing[folder] = [*command, "--name", name, "--out", str(out)]
+    running = {}  # folder -> process
     try:
-        while running or waiting and not failed:
-            if waiting and not failed and len(running) < jobs:
-                folder = waiting.pop(0)
-                running[folder] = start_logged(commands[folder], f"{folder}.log", jobs)
-                continue
-            time.sleep(0.1)
-            for folder in list(running):
-                if running[folder].poll() is not None:
-                    del running[folder]
-                    bar.update()
-                    if not is_finished(folder):
-                        failed.append(folder)
+        for folder, command in missing.items():
+            if "--resume" not in command:
+                move_aside(folder)
+            running[folder] = begin(command, f"{folder}.log", jobs)
+            while len(running) == jobs:
+                take_ended(running, missing)
+        while running:
+            take_ended(running, missing)
     finally:
-        bar.close()
-        for process in running.values():  # after Ctrl-C none is left
-            process.terminate()
+        for process in running.values():  # Ctrl-C has reached them too
             process.wait()
-    if failed:
-        text = Path(f"{failed[0]}.log").read_text(encoding="utf-8", errors="replace")
-        raise ValueError(f"no finished run in {failed[0]} after {as_typed(commands[failed[0]])}\n"
-                         f"{failed[0]}.log ends with: {text.strip().splitlines()[-1]}")
+
+
+def take_ended(running, commands):
+    """Waits a moment, and takes out what has ended; ValueError if it left no finished run."""
+    time.sleep(0.1)
+    for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+        del running[folder]
+        if not is_finished(folder):
+            message = f"no finished run in {folder} after {as_typed(commands[folder])}"
+            if Path(f"{folder}.log").is_file():
+                message += f"; its output is in {folder}.log"
+            raise ValueError(message)
 
 
 def settings_of(command):
@@ -93,7 +77,7 @@ def check_settings(folder, wanted):
 
 
 def move_aside(folder):
-    """Renames a folder, if there is one, to the first of NAME-unfinished-1, -2, ... that is free."""
+    """Renames a folder, if there is one, to the first free name of NAME-unfinished-1, -2, ..."""
     k = 1
     while folder.with_name(f"{folder.name}-unfinished-{k}").exists():
         k += 1
@@ -103,26 +87,26 @@ def move_aside(folder):
 
 def start(command):
     """Prints a command, runs it, and waits for its end; ValueError with the command if it fails."""
-    script, *words = command
+    code = begin(command).wait()
+    if code != 0:
+        raise ValueError(f"exit code {code} of the command {as_typed(command)}")
+
+
+def begin(command, log=None, jobs=1):
+    """Prints a command and starts it; of several jobs, the output is added to the file `log`."""
     print(f"\n$ {as_typed(command)}", flush=True)
-    ended = subprocess.run([sys.executable, str(HERE / script), *words])
-    if ended.returncode != 0:
-        raise ValueError(f"exit code {ended.returncode} of the command {as_typed(command)}")
-
-
-def start_logged(command, log, jobs):
-    """The process of one of `jobs` commands; its output goes behind what is in the file `log`."""
-    tqdm.write(f"$ {as_typed(command)}")
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    script, *words = command
+    words = [sys.executable, "-u", str(HERE / script), *words]  # -u: errors at their place in a log
+    if jobs == 1:
+        return subprocess.Popen(words)
     # Each gets its share of the cores. Two processes with two OpenMP threads each run 10 to 30
     # times slower on two cores: threads spin on a core while they wait for one that has none.
     threads = str(max(1, torch.get_num_threads() // jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}  # no bars in a log
-    script, *words = command
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         print(f"$ {as_typed(command)}", file=file, flush=True)
-        return subprocess.Popen([sys.executable, "-u", str(HERE / script), *words],  # -u: in order
-                                env=env, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(words, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
 def as_typed(command):

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from support import figures, flags, models, training
 
 FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
-COLUMNS = 8  # of film.png, evenly spaced where a frame has more pictures
+NOTED = ("kl_old", "clip_fraction")  # what updates may note of their (picture, step) pairs
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -30,17 +31,21 @@ class Run:
     """A folder runs/<name>/, the rounds of its training, and what each round has logged.
 
     look: draws and scores pictures, of the same fresh noise whenever it is called: a dict with
-    "prompts", "images" and, as tensors (B,), "reward" and whatever else is measured of each.
+    "prompts", "images" and, as tensors (B,), "reward"; where there is a gold, "gold" and "kl" too.
     """
 
     def __init__(self, config, method, look):
         self.config, self.look = config, look
         self.settings = asdict(config) | {"resume": None, "method": method}
+        self.titles = {"reward": config.reward}  # of what look measures of each picture
+        if hasattr(config, "gold"):
+            self.titles |= {"gold": f"gold: {config.gold}", "kl": "path KL, nats"}
         self.pictures_per_round = config.prompts_per_round * config.samples_per_prompt
         self.rows = []  # one dict a round, as in metrics.csv
         self.pictures = []  # one dict a picture, as in pictures.csv
-        self.fresh = []  # one dict for each look, as in fresh.csv
-        self.notes = {}  # name -> sum and number of this round's values
+        self.fresh = {}  # rounds done -> a dict for each look, as in fresh.csv
+        # The sum and the number of a round's values: there even where a process has no pair.
+        self.notes = {name: torch.zeros(2, dtype=torch.float64) for name in NOTED}
         self.started = self.round_started = time.perf_counter()
         if config.resume:
             self.folder = Path(config.resume)
@@ -75,26 +80,29 @@ class Run:
         """What the model draws on fresh noise after n rounds: a line in fresh.csv, a film frame."""
         seen = self.look()
         seen["images"] = training.all_images(seen["images"])
-        queries = n * self.pictures_per_round
-        row = {"queries": queries}
-        for name in measured(seen):
+        row = {"queries": n * self.pictures_per_round}
+        for name in self.titles:
             row[name], row[name + "_se"] = training.mean_se(seen[name])
-        self.fresh = [old for old in self.fresh if old["queries"] < queries] + [row]
-        write_rows(self.folder / "fresh.csv", self.fresh)
-        places = range(len(seen["prompts"]))
-        places = list(dict.fromkeys(training.spread_evenly(places, self.config.film_pictures)))
-        if training.is_first():
-            path = self.folder / "film" / f"{queries:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            write_json(path.with_name("prompts.json"), [seen["prompts"][i] for i in places])
-            figures.strip([seen["images"][i] for i in places]).save(path)
+        self.fresh[n] = row
+        write_rows(self.folder / "fresh.csv", list(self.fresh.values()))
+        self.add_to_film(seen["prompts"], seen["images"], row["queries"])
         return seen
+
+    @training.only_first
+    def add_to_film(self, prompts, images, queries):
+        """A frame without loss in the folder film/: pictures of different prompts, if there are."""
+        columns = min(len(prompts), self.config.film_pictures)
+        pool = range(max(len(set(prompts)), columns))
+        shown = training.spread_evenly(pool, columns)
+        folder = self.folder / "film"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "prompts.json", [prompts[i] for i in shown])
+        figures.strip([images[i] for i in shown]).save(folder / f"{queries:06d}.png")
 
     def note(self, **columns):
         """Values (N,) of (picture, step) pairs, whose mean over the round goes into its log."""
         for name, values in columns.items():
-            sums = self.notes.setdefault(name, torch.zeros(2, dtype=torch.float64))
-            sums += torch.tensor([values.sum().item(), len(values)])
+            self.notes[name] += torch.tensor([values.sum().item(), len(values)])
 
     def log(self, n, **columns):
         """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error.
@@ -103,7 +111,8 @@ class Run:
         """
         for name, sums in self.notes.items():
             training.total(sums)
-            columns[name] = (sums[0] / sums[1].clamp(min=1)).item()
+            total, number = sums.tolist()
+            columns[name] = total / max(number, 1)
             sums.zero_()
         norm = columns.pop("grad_norm").item()
         if not math.isfinite(norm):
@@ -149,7 +158,7 @@ class Run:
             return 0
         try:
             saved = torch.load(path, map_location=pipe.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume: {path} cannot be read: {error}") from error
         flags.check_settings(path, saved["settings"], self.settings, "it is another run's")
         pipe.unet.load_state_dict(saved["weights"], strict=False)  # the others never change
@@ -166,44 +175,38 @@ class Run:
     def save_weights(self, pipe, folder):
         """The trained weights and, beside them, what they were trained with."""
         folder.mkdir(parents=True, exist_ok=True)
-        models.save_trained(pipe, folder)
+        try:
+            models.save_trained(pipe, folder)
+        except SafetensorError as error:  # as it calls a full disk
+            raise OSError(f"{folder}: the weights could not be saved: {error}") from error
         write_json(folder / "config.json", self.settings)
 
     def finish(self, pipe):
-        """Saves weights, summary and figures.  -> the summary, by what is measured"""
+        """Saves weights, figures and summary.  -> the summary, by what is measured"""
         self.save_weights(pipe, self.folder)
         summary = {"queries": self.rows[-1]["queries"],
                    "seconds": time.perf_counter() - self.started}
-        titles = {"reward": self.config.reward, "kl": "path KL, nats"}
-        if hasattr(self.config, "gold"):
-            titles["gold"] = f"gold: {self.config.gold}"
-        for name in measured(self.before):
-            summary[name] = summarize(self.before[name], self.after[name]) | {"title": titles[name]}
+        for name, title in self.titles.items():
+            summary[name] = summarize(self.before[name], self.after[name]) | {"title": title}
         try:
-            self.draw(summary)
+            self.draw()
         except Exception as error:  # whatever it is, the weights are worth more
             print(f"warning: not all figures could be drawn: {error}")
         write_json(self.folder / "evaluation.json", summary)  # with it, a run is finished
-        remove_checkpoint(self.folder)
+        if training.is_first():
+            Path(self.folder, CHECKPOINT).unlink(missing_ok=True)
         flags.unfinished = None
         return summary
 
     @training.only_first
-    def draw(self, summary):
+    def draw(self):
         """The run's figures: pictures before and after, curves, and the film."""
         figures.before_after(self.folder / "before_after.png", self.before, self.after)
-        titles = {name: summary[name]["title"] for name in measured(self.before)}
-        figures.curves(self.folder / "reward.png", self.rows, self.fresh, titles)
+        looks = list(self.fresh.values())
+        figures.curves(self.folder / "reward.png", self.rows, looks, self.titles)
         prompts, frames = read_film(self.folder)
-        columns = list(dict.fromkeys(training.spread_evenly(range(len(prompts)), COLUMNS)))
-        strips = [[images[i] for i in columns] for images in frames.values()]
         times = [f"{queries} queries" for queries in frames]
-        figures.sheet(self.folder / "film.png", strips, times, [prompts[i] for i in columns])
-
-
-def measured(seen):
-    """What a look has measured of each picture: "reward", ..."""
-    return [name for name, values in seen.items() if isinstance(values, torch.Tensor)]
+        figures.sheet(self.folder / "film.png", list(frames.values()), times, prompts)
 
 
 def summarize(before, after):
@@ -244,7 +247,6 @@ def check_folder(config):
     except OSError as error:
         raise ValueError(f"{flag} {folder}: no folder to write in: {error.strerror}") from error
     if config.resume and is_finished(folder):
-        remove_checkpoint(folder)  # it may have been killed before it could
         raise ValueError(f"--resume {folder}: this run is finished; "
                          f"--model {folder} trains its model further")
     if config.name and not config.resume and Path(folder, clean(config.name)).exists():
@@ -267,11 +269,6 @@ def make_folder(config, method):
         folder = Path(config.out, f"{base}-{i}")
     folder.mkdir(parents=True)
     return folder
-
-
-@training.only_first
-def remove_checkpoint(folder):
-    Path(folder, CHECKPOINT).unlink(missing_ok=True)
 
 
 @training.only_first

@@ -139,13 +139,16 @@ def is_mine(i):
 
 def mine(B):
     """Those of the pictures 0 ... B−1 that are mine."""
+    if B < processes():
+        raise ValueError(f"torchrun: {processes()} processes, but only {B} pictures to share")
     return torch.arange(rank(), B, processes())
 
 
 def batches(i, k, batch_size):
     """Those (picture, step) pairs whose picture is mine, batch_size at a time.  (M,), (M,)"""
     own = is_mine(i)
-    yield from zip(i[own].split(batch_size), k[own].split(batch_size))
+    if own.any():  # else split gives one empty batch
+        yield from zip(i[own].split(batch_size), k[own].split(batch_size))
 
 
 def total(*tensors):

@@ -1,95 +1,93 @@
-"""Several processes: who computes what, and N of them train like one."""
+"""Several processes: N of them train like one."""
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from support import parallel, runs
-from tests.test_house import ROOT
+from support import models, runs
+from tests import processes
 
-
-@pytest.fixture
-def process(monkeypatch):
-    def become(rank, N):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(N))
-    return become
-
-
-@pytest.mark.parametrize("M, batch_size, N", [(10, 3, 1), (10, 3, 2), (128, 64, 2), (7, 64, 2),
-                                              (5, 1, 3), (1, 64, 2), (0, 4, 2)])
-def test_every_place_has_one_process_and_none_is_idle_without_need(M, batch_size, N, process):
-    found, counts = [], []
-    for rank in range(N):
-        process(rank, N)
-        batches = parallel.share(M, batch_size)
-        found += [rows.tolist() for rows in batches]
-        counts.append(sum(map(len, batches)))
-    assert sorted(sum(found, [])) == list(range(M))
-    assert max(map(len, found), default=0) <= batch_size
-    assert max(counts) - min(counts) <= batch_size and (0 not in counts or M < N)
-
-
-def test_one_process_sends_nothing_and_changes_nothing():
-    p = torch.nn.Parameter(torch.ones(2))
-    p.grad = torch.ones(2)
-    parallel.total_gradients([p])
-    assert p.grad.tolist() == [1, 1] and parallel.total_of({"a": 0.5}) == {"a": 0.5}
-    assert parallel.same_text("β") == "β" and parallel.all_images([1, None], [0]) == [1, None]
-
-
-def start(script, words, N):
-    """A script in N processes with one thread each; the only one is started without torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(N)] if N > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *launcher, str(ROOT / script), *words], env=env,
-                          capture_output=True, text=True, timeout=120)
-
-
-TINY = ("--rounds 2 --num-steps 3 --samples-per-prompt 6 --prompts-per-round 2 --eval-samples 5 "
+TINY = ("--rounds 2 --num-steps 3 --samples-per-prompt 5 --prompts-per-round 1 --eval-samples 5 "
         "--batch-size 4 --train-batch-size 4 --film-pictures 3 --guidance-scale 1.5 --device cpu "
-        "--prompts tasks").split()
+        "--prompts tasks --max-grad-norm 0.5").split()
+SCRIPTS = {  # script -> its flags; each process has other pictures in each update
+    "03_ddpo": "--timestep-fraction 0.7",
+    "04_dpok": "--lora-rank 4 --ratio per_dim",
+    "experiments.sft": "--data fresh --beta 0.1"}
 
 
-SCRIPTS = [("04_dpok.py", "--lora-rank 4 --ratio per_dim")]
-if "ALL_SCRIPTS" in os.environ:  # these take twenty seconds each
-    SCRIPTS += [("03_ddpo.py", "--timestep-fraction 0.7"),
-                ("experiments/sft.py", "--data fresh --beta 0.1")]
+def main(script, words, path):
+    """A script's main, which keeps the gradient of the first update."""
+    def keep(optimizer, arguments, settings):
+        if not path.exists():
+            groups = optimizer.param_groups
+            torch.save([p.grad.flatten() for group in groups for p in group["params"]], path)
+    register_optimizer_step_pre_hook(keep)
+    import_module(script).main(words)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script, words", SCRIPTS)
-def test_two_processes_make_the_updates_of_one(script, words, tmp_path):
-    folders = []
+def distance(ones, twos):
+    """‖a − b‖/‖a‖ of all numbers together."""
+    one, two = torch.cat(list(ones)).double(), torch.cat(list(twos)).double()
+    return ((one - two).norm() / one.norm()).item()
+
+
+def weights_of(folder):
+    path, = (path for path in folder.rglob("*.safetensors")
+             if path.parent.name == "unet" or path.parent == folder)
+    return [weight.flatten() for _, weight in sorted(load_file(path).items())]
+
+
+@pytest.mark.parametrize("script", [
+    "03_ddpo", pytest.param("04_dpok", marks=pytest.mark.slow),
+    pytest.param("experiments.sft", marks=pytest.mark.slow)])
+def test_two_processes_make_the_updates_of_one(script, tmp_path):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    found = []
     for N in (1, 2):
-        ended = start(script, [*TINY, *words.split(), "--name", f"of_{N}", "--out", str(tmp_path)],
-                      N)
-        assert ended.returncode == 0, ended.stderr[-2000:]
-        assert ended.stdout.count("reward queries") == 1  # the first process alone prints
-        folders.append(tmp_path / f"of_{N}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["of_1", "of_2"]
-    ones, twos = (load_file(next(iter(sorted(folder.glob("**/unet/*.safetensors"))
-                                      or sorted(folder.glob("*.safetensors")))))
-                  for folder in folders)
-    distance = sum((ones[name] - twos[name]).square().sum() for name in ones).sqrt()
-    length = sum(value.square().sum() for value in ones.values()).sqrt()
-    assert distance / length < 1e-5
-    for one, two in zip(*(runs.read_rows(folder / "metrics.csv") for folder in folders)):
-        for name in set(one) - {"seconds"}:
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
-    files = [sorted(str(path.relative_to(folder)) for path in folder.glob("**/*.*"))
-             for folder in folders]
+        words = [*TINY, *SCRIPTS[script].split(), "--name", f"of_{N}", "--out", str(tmp_path)]
+        started = []
+        for rank in range(N):
+            name = f"{rank}_of_{N}"
+            environment = {"WORLD_SIZE": str(N), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            started.append(processes.start(partial(main, script, words, tmp_path / name),
+                                           tmp_path / f"{name}.log", environment=environment))
+        for rank, process in enumerate(started):
+            process.join()
+            printed = (tmp_path / f"{rank}_of_{N}.log").read_text(encoding="utf-8")
+            assert process.exitcode == 0, printed
+            assert printed.count("reward queries") == (rank == 0)  # the first alone prints
+            found.append(torch.load(tmp_path / f"{rank}_of_{N}"))
+    one, first, second = found
+    assert distance(one, first) < 1e-5 and distance(first, second) == 0
+    folders = tmp_path / "of_1", tmp_path / "of_2"
+    assert distance(*map(weights_of, folders)) < 1e-3
+    for name in ("metrics.csv", "pictures.csv"):
+        for a, b in zip(*(runs.read_rows(folder / name) for folder in folders), strict=True):
+            a.pop("seconds", None)
+            assert {key: b[key] for key in a} == pytest.approx(a, rel=1e-3, abs=1e-4)
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in folders]
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_all_with_its_error(tmp_path):
     (tmp_path / "my.py").write_text("import os\n\n\ndef bad(images, prompts):\n"
                                     "    if os.environ['RANK'] == '1':\n"
                                     "        raise RuntimeError('no light')\n"
                                     "    return [0.0] * len(images)\n", encoding="utf-8")
-    ended = start("03_ddpo.py", [*TINY, "--reward", f"{tmp_path}/my.py:bad", "--out",
-                                 str(tmp_path / "runs")], 2)
-    assert ended.returncode != 0 and "no light" in ended.stderr and "my.py:6" in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         str(models.HERE / "03_ddpo.py"), *TINY, "--reward", f"{tmp_path}/my.py:bad", "--out",
+         str(tmp_path / "runs")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert ended.returncode != 0 and "no light" in ended.stderr and "my.py" in ended.stderr

@@ -1,182 +1,216 @@
-"""A run's folder: its name, what each round logs, the film, and what finish() writes."""
+"""A run's folder: its name, what is logged and kept, and that it survives the end of its process."""
 import json
-import math
+import shutil
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from support import figures, models, runs
+from support import figures, runs, training
+from tests import processes
 from tests.oracles import difference
 
 
 @dataclass(frozen=True)
 class Config:
     out: str
-    name: str | None = None
+    name: str | None = "toy"
     reward: str = "compressibility"
     prompts: str = "color"
-    rounds: int = 10
-    prompts_per_round: int = 2
+    rounds: int = 4
+    prompts_per_round: int = 1
     samples_per_prompt: int = 3
-    keep_every: int = 0
+    keep_every: int = 2
+    film_pictures: int = 2
+    learning_rate: float = 0.1
+    max_grad_norm: float = 0.4
     resume: str | None = None
 
 
-@pytest.fixture
-def config(tmp_path):
-    return Config(out=str(tmp_path / "runs"))
+class Pipe:
+    """As much of a pipeline as a run needs."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.unet = nn.Linear(2, 1)
+        nn.init.constant_(self.unet.weight, 0.5)
+        nn.init.constant_(self.unet.bias, 0.25)
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        folder.joinpath("weights").write_text(str(self.unet.state_dict()))
 
 
-@pytest.mark.parametrize("values, name", [
-    ({}, "dpok_compressibility_color"), ({"name": "mine"}, "mine"),
-    ({"reward": "alignment=1,aesthetic=0.2"}, "dpok_alignment=1,aesthetic=0.2_color"),
-    ({"reward": "../my dir/r.py:f", "prompts": "some/where/p.txt"}, "dpok_.._my_dir_r.py_f_p"),
-    ({"prompts": "a star " * 50}, ("dpok_compressibility_" + "a_star_" * 50)[:100])])
-def test_a_folder_says_what_is_run(values, name, config):
-    run = runs.Run(replace(config, **values), "dpok")
-    assert run.folder.name == name and str(run.folder.parent) == config.out
-    saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-    assert saved["method"] == "dpok" and saved["rounds"] == 10 and saved["out"] == config.out
-
-
-def test_no_run_is_overwritten(config):
-    names = [runs.Run(config, "ddpo").folder.name for _ in range(3)]
-    assert names == ["ddpo_compressibility_color" + end for end in ("", "-2", "-3")]
-    named = replace(config, name="mine")
-    runs.check_folder(named)
-    runs.Run(named, "ddpo")
-    with pytest.raises(ValueError, match="--name mine"):
-        runs.check_folder(named)
-    with pytest.raises(ValueError, match="--out"):
-        runs.check_folder(replace(config, out=__file__))
-
-
-@pytest.mark.parametrize("rounds, due", [
-    (1, [0]), (3, [0, 1, 2]), (11, [0, 2, 5, 8]), (60, [0, 15, 30, 45])])
-def test_rounds_with_a_frame_of_the_film(rounds, due, config):
-    run = runs.Run(replace(config, rounds=rounds), "ddpo")
-    assert [n for n in range(rounds) if run.is_film_due(n)] == due
+class PlainRun(runs.Run):
+    def draw(self):
+        """No figures: they take longer than the rest of this training."""
 
 
 def gray(v):
     return Image.new("RGB", (8, 8), (v, v, v))
 
 
-def side(r, g):
-    return {"prompts": ["p", "q"], "images": [gray(r), gray(g)],
-            "reward": torch.tensor([r, r + 2.0]), "gold": torch.tensor([g, g + 4.0])}
+def train(config, Run=PlainRun):
+    """A training with all of a run's files that takes milliseconds."""
+    runs.check_folder(config)
+    pipe, history = Pipe(), {}
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), config.learning_rate)
+
+    def look():
+        weight = pipe.unet.weight.detach()
+        shade = int(weight.abs().sum() * 100)
+        return {"prompts": ['a "red",\nstar', "é", "é"], "images": [gray(shade), gray(9), gray(1)],
+                "reward": weight[0, 0] + torch.arange(3)}
+
+    run = Run(config, "toy", look)
+    for n in run.rounds(pipe, optimizer, history):
+        x = training.gaussian((config.samples_per_prompt, 2), 0, "train", n)
+        r = -pipe.unet(x).square().squeeze(1)
+        loss = sum(history.get("p", [1.0])) - r
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history["p"] = [*history.get("p", []), loss.mean().item()][-3:]
+        for part in loss.detach().split(2):
+            run.note(kl_old=part, clip_fraction=part > 1)
+        run.log(n, reward=r.detach(), grad_norm=torch.tensor(0.25 + n % 2 / 4))
+    run.finish(pipe)
+    return run
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """File -> what was drawn or saved there, in this order."""
-    found = {}
-
-    def save_trained(pipe, folder):  # with evaluation.json it would count as finished already
-        assert not (folder / "evaluation.json").exists()
-        found["weights"] = pipe
-
-    for name in ("before_after", "curves", "sheet"):
-        monkeypatch.setattr(figures, name, lambda path, *a: found.update({path.name: a}))
-    monkeypatch.setattr(models, "save_trained", save_trained)
-    return found
+@pytest.mark.parametrize("values, name", [
+    ({"name": None}, "dpok_compressibility_color"), ({"name": "mine"}, "mine"),
+    ({"name": None, "reward": "../my dir/r.py:f", "prompts": "some/where/p.txt"},
+     "dpok_.._my_dir_r.py_f_p"),
+    ({"name": None, "prompts": "a star " * 50}, ("dpok_compressibility_" + "a_star_" * 50)[:100])])
+def test_a_folder_says_what_is_run_and_none_is_overwritten(values, name, tmp_path):
+    config = replace(Config(str(tmp_path / "runs")), **values)
+    found = [runs.Run(config, "dpok", None).folder for _ in range(3)]
+    assert found == [tmp_path / "runs" / (name + end) for end in ("", "-2", "-3")]
+    saved = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))
+    assert saved["method"] == "dpok" and saved["rounds"] == 4 and saved["out"] == config.out
 
 
-def test_a_finished_run_tells_before_from_after(config, drawn, capsys, monkeypatch):
-    ticks = iter(range(100))  # one second from each look at the clock to the next
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    run = runs.Run(replace(config, rounds=2), "ddpo")
-    film = SimpleNamespace(images=[gray(1), gray(2)], prompts=["first", "second"])
-    run.add_to_film(film)
-    for n in run.rounds("pipe"):
-        run.log(n, reward=torch.tensor([1.0, 2.0, 6.0]), gold=0.5, kl=torch.ones(3) * n)
-    run.add_to_film(film)
-    names = {"reward": "my reward", "gold": "its"}
-    verdict = run.finish("pipe", side(10, 20), side(15, 50), names)
-
-    rows = runs.read_rows(run.folder / "metrics.csv")
-    assert rows == run.rows and [row["round"] for row in rows] == [1, 2]
-    assert rows[1] == {"round": 2, "queries": 12, "reward": 3, "gold": 0.5, "seconds": 1,
-                       "kl": 1, "kl_se": 0, "reward_se": pytest.approx(math.sqrt(7 / 3))}
-    assert (run.folder / "pictures.csv").read_text().splitlines() == [
-        "round,queries,picture,reward,kl", "1,6,0,1.0,0.0", "1,6,1,2.0,0.0", "1,6,2,6.0,0.0",
-        "2,12,0,1.0,1.0", "2,12,1,2.0,1.0", "2,12,2,6.0,1.0"]
-    assert json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8")) == verdict
-    assert (verdict["queries"], verdict["seconds"]) == (12, 9)
-    assert (verdict["gold"]["before"], verdict["gold"]["after"]) == (22, 52)
-    runs.report(run, verdict)
-    assert "11.000 ± 1.000 before    16.000 ± 1.000 after  gain +5.000" in capsys.readouterr().out
-
-    assert list(drawn) == ["before_after.png", "reward.png", "film.png", "weights"]
-    prompts, (r_before, r_after), (before, after) = drawn["before_after.png"]
-    assert prompts == ["p", "q"] and r_before.tolist() == [10, 12] and r_after.tolist() == [15, 17]
-    assert before[0].getpixel((0, 0))[0] == 10 and after[0].getpixel((0, 0))[0] == 15
-    rows, ends, _ = drawn["reward.png"]
-    assert rows == run.rows
-    assert {name: [v[0].item() for v in pair] for name, pair in ends.items()} == {
-        "reward": [10, 15], "gold": [20, 50]}
-    strips, times, prompts = drawn["film.png"]
-    assert times == ["0 queries", "12 queries"] and prompts == ["first", "second"]
-    assert strips == [film.images] * 2 and drawn["weights"] == "pipe"
+def test_a_folder_that_cannot_be_written_or_is_taken_is_refused(tmp_path):
+    config = Config(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/runs")):
+        with pytest.raises(ValueError, match=f"--out {out}: no folder to write in"):
+            runs.check_folder(replace(config, out=str(out)))
+    train(config)
+    with pytest.raises(ValueError, match="--name toy: there is such a run"):
+        train(config)
+    with pytest.raises(ValueError, match="this run is finished; --model"):
+        train(replace(config, resume=str(tmp_path / "toy")))
 
 
-def test_neither_film_nor_looks_nor_kept_weights_are_in_a_rounds_seconds(config, monkeypatch):
-    """Each piece of work takes another power of ten, so that the sums tell which are in them."""
-    clock, kept = [0.0], []
-
-    def spend(seconds):
-        clock[0] += seconds
-
-    def save_trained(pipe, folder):
-        assert json.loads((run.folder / "config.json").read_text())["keep_every"] == 2
-        kept.append((pipe, folder.relative_to(run.folder).as_posix()))
-        spend(1000)
-
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(models, "save_trained", save_trained)
-    run = runs.Run(replace(config, rounds=5, keep_every=2), "sft")
-    for n in run.rounds("pipe"):
-        if n in (0, 3):
-            spend(100)
-            run.add_to_film(SimpleNamespace(images=[gray(1)], prompts=["p"]))
-        spend(1)
-        with run.looking():
-            spend(10)
-        spend(2)
-        run.log(n, reward=torch.ones(2))
-    assert [row["seconds"] for row in run.rows] == [3] * 5
-    assert kept == [("pipe", "rounds/002"), ("pipe", "rounds/004")]
-    for _, name in kept:  # what load_run reads beside the weights
-        assert (run.folder / name / "config.json").read_text() == (
-            run.folder / "config.json").read_text()
+def test_what_a_run_logs_and_keeps(tmp_path):
+    run = train(Config(str(tmp_path)))
+    rows, pictures = (runs.read_rows(run.folder / name) for name in ("metrics.csv", "pictures.csv"))
+    assert rows == run.rows and [row["queries"] for row in rows] == [3, 6, 9, 12]
+    first = torch.tensor([picture["reward"] for picture in pictures[:3]])
+    assert rows[0]["reward"] == pytest.approx(first.mean().item())
+    assert rows[0]["reward_se"] == pytest.approx(first.std().item() / 3 ** 0.5)
+    assert rows[0]["kl_old"] == pytest.approx(1 - first.mean().item())  # of pairs, not of batches
+    assert [row["grad_norm"] for row in rows] == [0.25, 0.5, 0.25, 0.5] and rows[2]["round"] == 3
+    assert [row["grad_clipped"] for row in rows] == [0, 1, 0, 1]
+    assert list(pictures[4]) == ["round", "queries", "picture", "reward"]
+    assert [pictures[4][name] for name in ("round", "queries", "picture")] == [2, 6, 1]
+    prompts, frames = runs.read_film(run.folder)
+    assert prompts == ['a "red",\nstar', "é"] and list(frames) == [0, 3, 6, 9, 12]
+    assert difference(frames[0], [gray(100), gray(9)]) == 0 < difference(frames[0], frames[3])
+    summary = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    gain = run.after["reward"][0].item() - 0.5
+    assert summary["queries"] == 12 and summary["reward"] == pytest.approx({
+        "title": "compressibility", "before": 1.5, "before_se": 3 ** -0.5, "after": 1.5 + gain,
+        "after_se": 3 ** -0.5, "gain": gain, "gain_se": 0}, abs=1e-6) and gain != 0
+    assert runs.read_rows(run.folder / "fresh.csv") == list(run.fresh.values())
+    assert [row["queries"] for row in run.fresh.values()] == [0, 3, 6, 9, 12]
+    assert run.fresh[0]["reward"] == 1.5 and run.fresh[4]["reward"] == pytest.approx(1.5 + gain)
+    weights = [(run.folder / name / "model/weights").read_text() for name in
+               ("rounds/002", "rounds/004", ".")]
+    assert weights[0] != weights[1] == weights[2]
+    assert not (run.folder / runs.CHECKPOINT).exists()
 
 
-def test_the_film_is_kept_without_loss_and_eight_columns_of_it_are_drawn(config, drawn):
-    run = runs.Run(replace(config, rounds=1), "ddpo")
-    prompts = ['a "red", round one', "a\nb", *[f"{i}, 'é'" for i in range(8)]]
-    frames = [[Image.effect_noise((9, 7), 90 + i).convert("RGB") for i in range(10)]
-              for _ in range(2)]
-    for images in frames:
-        run.add_to_film(SimpleNamespace(images=images, prompts=prompts))
-        for n in run.rounds("pipe"):
-            run.log(n, reward=torch.ones(2))
-    read, found = runs.read_film(run.folder)
-    assert read == prompts and list(found) == [0, 6]
-    assert all(difference(*pair) == 0 for pair in zip(frames, found.values(), strict=True))
-    run.finish("pipe", side(1, 2), side(3, 4), {"reward": "r"})
-    columns = [0, 1, 2, 3, 5, 6, 7, 8]
-    assert drawn["film.png"] == ([[images[i] for i in columns] for images in frames],
-                                 ["0 queries", "6 queries"], [prompts[i] for i in columns])
+@pytest.mark.parametrize("rounds, frames", [(1, [0, 1]), (3, [0, 1, 2, 3]), (11, [0, 2, 5, 8, 11])])
+def test_frames_of_the_film(rounds, frames, tmp_path):
+    run = train(Config(str(tmp_path), rounds=rounds, samples_per_prompt=2))
+    assert list(runs.read_film(run.folder)[1]) == [2 * n for n in frames]
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_weights(tmp_path, monkeypatch, capsys):
+    drawn = {}
+    for name in ("before_after", "curves"):
+        monkeypatch.setattr(figures, name, lambda path, *a: drawn.update({path.name: a}))
+    monkeypatch.setattr(figures, "sheet", lambda *a: 1 / 0)
+    run = train(Config(str(tmp_path)), runs.Run)
+    assert "warning: not all figures could be drawn: division by zero" in capsys.readouterr().out
+    assert runs.is_finished(run.folder) and (run.folder / "model/weights").is_file()
+    assert drawn["before_after.png"] == (run.before, run.after)
+    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), {"reward": "compressibility"})
+
+
+def test_killed_before_any_change_of_a_file_a_run_ends_with_the_same_bits(tmp_path):
+    wanted = processes.left_behind(train(Config(str(tmp_path), "whole")).folder)
+    log = tmp_path / "log"
+    for k in range(0, 1000, 7):
+        config = Config(str(tmp_path / str(k)))
+        folder = tmp_path / str(k) / "toy"
+        if processes.ended(partial(train, config), log, die_at=k) == 0:
+            break
+        if (folder / "config.json").is_file() and not runs.is_finished(folder):
+            if k % 2:  # in a copy of its folder too
+                folder = shutil.copytree(folder, tmp_path / str(k) / "copy")
+            train(replace(config, resume=str(folder)))
+            assert processes.left_behind(folder) == wanted, k
+    assert 60 < k < 200
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
+    wanted = processes.left_behind(train(Config(str(tmp_path), "whole")).folder)
+    log, rounds_done = tmp_path / "log", set()
+    for size in range(4300, 5600, 150):
+        config = Config(str(tmp_path / str(size)))
+        folder = tmp_path / str(size) / "toy"
+        code = processes.ended(partial(train, config), log, largest_file=size)
+        if code == 0:
+            break
+        assert code == 2 and "File too large" in log.read_text().splitlines()[-1]
+        assert not list(folder.rglob("*.part"))
+        if (folder / "config.json").is_file():
+            assert f"--resume {folder}" in log.read_text().splitlines()[-1]
+            rounds_done.add(len(runs.read_rows(folder / "metrics.csv")))
+            train(replace(config, resume=str(folder)))
+            assert processes.left_behind(folder) == wanted, size
+    assert code == 0 and len(rounds_done) > 2
+
+
+def test_a_checkpoint_that_was_changed_or_is_another_runs_is_refused(tmp_path):
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        config = Config(str(tmp_path), name, learning_rate=rate)
+        assert processes.ended(partial(train, config), tmp_path / "log", die_at=60) == -9
+    again = replace(config, resume=str(tmp_path / "b"))
+    checkpoint = (tmp_path / "b" / runs.CHECKPOINT).read_bytes()
+    for data, message in ((checkpoint[:-9], "cannot be read"), (b"", "cannot be read"), (
+            (tmp_path / "a" / runs.CHECKPOINT).read_bytes(), "with --learning-rate 0.1, not 0.2")):
+        (tmp_path / "b" / runs.CHECKPOINT).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            train(again)
 
 
 def test_labels_are_unlike_the_pretrained_models_and_a_folder_counts_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "pretrained"):
-        (tmp_path / name).mkdir()
+    for name in ("a", "pretrained", "b/a"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "evaluation.json").write_text("{}")
-    assert list(runs.labels(["a", "pretrained"])) == ["a", str(tmp_path.resolve() / "pretrained")]
+    assert runs.labels(["a", "pretrained", "b/a"]) == {
+        "a": "a", str(tmp_path.resolve() / "pretrained"): "pretrained",
+        str(tmp_path.resolve() / "b/a"): "b/a"}
     with pytest.raises(ValueError, match="given twice"):
         runs.labels(["a", str(tmp_path / "a")])
