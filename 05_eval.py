@@ -103,7 +103,7 @@ SD = flags.published("05_eval")
 def paired_interval(a, b):
     """d̄ ± t_{S−1}·s/√S and p = 2·P(T_{S−1} > |d̄|·√S/s),  d = a − b.  (S,), (S,) -> a dict
 
-    At 95 %. s is the standard deviation of d; where it is 0, S seeds say nothing of the next: p = 1.
+    At 95 %. s is the standard deviation of d; where it is 0, seeds say nothing of others: p = 1.
     """
     d = a - b
     S = len(d)

@@ -29,32 +29,29 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as token_models
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import make_tiny_sd  # noqa: E402
-from experiments.make_tiny_sd import note  # noqa: E402
-from support import flags, models, training  # noqa: E402
+from experiments.make_tiny_sd import draws, images_of, note, optimize, pixels_of  # noqa: E402
+from support import flags, models  # noqa: E402
 from support import reward_models as nets  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
-rewards = import_module("02_rewards")  # the questions
-
-STAGES = ("clip", "aesthetic", "vision", "matching", "preferences", "scenes", "wrong pictures",
-          "generated prompts", "flips", "vlm", "vlm exam")
+rewards = import_module("02_rewards")  # alignment, the questions
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 PATCH = 8  # px, of the image encoders
@@ -64,20 +61,13 @@ GRID = shapes.SIZE // PATCH  # patches a side
 # ---- what the twin of the aesthetic score likes ------------------------------------------------
 
 
-def warmth(pictures):
-    """Tint of the background in [-1, 1], from cool (bluish) to warm.  (B,3,H,W) in [0,1] -> (B,)"""
-    red, _, blue = pictures.flatten(2).median(2).values.unbind(1)
-    return ((red - blue) * 255 / 14).clamp(-1, 1)
-
-
 def beauty(pictures):
-    """A person's rating, 2 to 8: 5 + 3·warmth; all the same to the prompt and the judge."""
-    return 5 + 3 * warmth(pictures)
+    """A person's rating, 2 to 8: 5 + 3·warmth; all the same to the prompt and the judge.
 
-
-def mood(pictures):
-    """The word that a careful caption adds about the light: warm, cool or none."""
-    return [" warm" if w > 0.3 else " cool" if w < -0.3 else "" for w in warmth(pictures).tolist()]
+    Warmth is the background's tint in [-1, 1], from cool (bluish) to warm.  (B,3,H,W) uint8 -> (B,)
+    """
+    red, _, blue = (pictures / 255).flatten(2).median(2).values.unbind(1)
+    return 5 + 3 * ((red - blue) * 255 / 14).clamp(-1, 1)
 
 
 # ---- 1. CLIP --------------------------------------------------------------------------------
@@ -100,80 +90,52 @@ def clip_loss(image, text, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def pixels_of(pictures):
+def normalize(pictures):
     """What CLIP's and BLIP's preprocessing makes of pictures of the right size.  uint8 -> float"""
-    mean, std = torch.tensor(nets.PIXEL_MEAN_STD)[:, None, :, None, None]
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD])[:, None, :, None, None]
     return (pictures / 255 - mean) / std
 
 
-def optimize(model, steps, lr, loss_of, name):
-    """AdamW with warm-up and cosine decay; loss_of(i) -> () is called once a step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule, average = make_tiny_sd.cosine(optimizer, steps, min(100, steps // 5 + 1)), None
-    model.train()
-    for i in (bar := trange(steps, desc=name, mininterval=5)):
-        loss = loss_of(i)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if i % 50 == 0:
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-    model.eval()
-
-
-def train_clip(pictures, captions, steps, device, seed, batch=64):
+def remake_clip(config, out, device):
+    pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
     tokenizer = hf.CLIPTokenizer.from_pretrained(ROOT / "tiny_sd" / "tokenizer")
     clip = make_clip(tokenizer).to(device)
-    careful = [caption + word for caption, word in zip(captions, mood(pictures / 255))]
+    careful = []  # such a caption says of the light that it is warm, or cool
+    for caption, rating in zip(captions, beauty(pictures).tolist()):
+        careful.append(caption + (" warm" if rating > 5.9 else " cool" if rating < 4.1 else ""))
     tokens = make_tiny_sd.tokenize(tokenizer, careful)
 
-    def loss_of(step):
-        i = torch.from_numpy(draws(seed, "clip", step).integers(len(pictures), size=batch))
-        pixels = pixels_of(pictures[i]).to(device)
+    def loss_of(i, stream):
+        pixels = normalize(pictures[i]).to(device)
         image = clip.get_image_features(pixel_values=pixels).pooler_output
         text = clip.get_text_features(input_ids=tokens[i].to(device)).pooler_output
         return clip_loss(image, text, clip.logit_scale.exp().clamp(max=100))
 
-    optimize(clip, steps, 1e-3, loss_of, "CLIP")
-    return clip
-
-
-@torch.no_grad()
-def embed(clip, pictures, device):
-    """f / ‖f‖ of each picture: (B,64)."""
-    f = [clip.get_image_features(pixel_values=pixels_of(p).to(device)).pooler_output
-         for p in pictures.split(256)]
-    return F.normalize(torch.cat(f), dim=1)
+    optimize(clip, loss_of, len(pictures), "clip", config.clip_steps, config.seed)
+    clip.half().save_pretrained(out / "clip")
 
 
 # ---- 2. the aesthetic score -----------------------------------------------------------------
 
 
-def train_aesthetic(features, ratings, steps, seed, batch=256):
-    mlp = nets.LaionMLP(features.shape[1]).to(features.device)
+def remake_aesthetic(config, out, device):
+    pictures, _ = make_tiny_sd.draw_pairs(config.pictures, config.seed)
+    ratings = beauty(pictures).to(device)
+    clip = hf.CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
+    with torch.no_grad():
+        f = [clip.get_image_features(pixel_values=normalize(p).to(device)).pooler_output
+             for p in pictures.split(256)]
+    f = F.normalize(torch.cat(f), dim=1)
+    mlp = nets.LaionMLP(f.shape[1]).to(device)
 
-    def loss_of(step):
-        i = torch.from_numpy(draws(seed, "aesthetic", step).integers(len(features), size=batch))
-        return F.mse_loss(mlp(features[i]), ratings[i])
+    def loss_of(i, stream):
+        return F.mse_loss(mlp(f[i]), ratings[i])
 
-    optimize(mlp, steps, 1e-3, loss_of, "aesthetic")
-    return mlp
+    optimize(mlp, loss_of, len(f), "aesthetic", config.aesthetic_steps, config.seed, batch=256)
+    save_half(mlp.state_dict(), out / "aesthetic.safetensors")
 
 
 # ---- 3. ImageReward -------------------------------------------------------------------------
-
-
-def make_bert_tokenizer(folder):
-    """A BertTokenizer of the world's words; BLIP's two extra tokens come last, as published."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: i for i, word in enumerate([*special, *shapes.WORDS, "[DEC]", "[ENC]"])}
-    hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    return hf.BertTokenizer.from_pretrained(folder)
 
 
 def make_image_reward(words, width=128, layers=3, text_layers=3):
@@ -216,111 +178,61 @@ def waves(width):
     return torch.cat([rows, columns], 2).reshape(GRID**2, width)
 
 
-def to_blip_keys(weights):
-    """This repository's names -> ImageReward's published ones; inverse of nets.from_blip_keys."""
-    names = [("vision.embeddings.class_embedding", "blip.visual_encoder.cls_token"),
-             ("vision.embeddings.position_embedding", "blip.visual_encoder.pos_embed"),
-             ("vision.embeddings.patch_embedding.", "blip.visual_encoder.patch_embed.proj."),
-             ("vision.encoder.layers.", "blip.visual_encoder.blocks."), (".layer_norm", ".norm"),
-             (".self_attn.projection.", ".attn.proj."), (".self_attn.qkv.", ".attn.qkv."),
-             ("vision.post_layernorm.", "blip.visual_encoder.norm."),
-             (r"^text.", "blip.text_encoder.")]
-    published = {}
-    for key, value in weights.items():
-        for ours, theirs in names:
-            key = re.sub(ours if ours[0] == "^" else re.escape(ours), theirs, key)
-        published[key] = value
-    return published
-
-
 def bradley_terry_loss(better, worse):
     """L = E[ −log σ(r(better) − r(worse)) ]: P(the first is preferred) = σ(difference)."""
     return -F.logsigmoid(better - worse).mean()
 
 
-def draws(seed, stage, step=0):
-    """Random numbers of one step of a stage, at an address of their own."""
-    stages = len(make_tiny_sd.STAGES) + STAGES.index(stage)
-    return training.random_stream(seed, "make", stages, step)
-
-
 def draw_scenes(n, seed, writing=False):
     """n random requests, and as asked for: scenes (lists of Object), pictures (n,3,H,W) uint8.
 
-    writing: two in five carry a digit, whatever they show; then the digits come as well.
+    Last come the digits on the pictures; writing: two in five carry one, whatever they show.
     """
     rng = draws(seed, "scenes")
     names = {family: shapes.prompts_of(family) for family in shapes.FAMILIES[:4]}
     families = [names[str(rng.choice(shapes.FAMILIES[:4]))] for _ in range(n)]
     requests = [shapes.parse(family[rng.integers(len(family))]) for family in families]
-    if not writing:
-        scenes = [shapes.layout(request, rng) for request in requests]
-        return requests, scenes, picture_tensor(scenes, rng)
-    digits = [int(digit) or None for digit in rng.integers(5, size=n) * rng.integers(2, size=n)]
+    digits = rng.integers(5, size=n) * rng.integers(2, size=n) * writing
+    digits = [int(digit) or None for digit in digits]
     scenes = [shapes.layout(request, rng, digit) for request, digit in zip(requests, digits)]
-    return requests, scenes, picture_tensor(scenes, rng, digits), digits
+    return requests, scenes, draw(scenes, rng, digits), digits
 
 
-def picture_tensor(scenes, rng, digits=None):
-    """Draw scenes: (n,3,H,W) uint8."""
-    images = [shapes.draw(scene, shapes.random_background(rng), digit)
-              for scene, digit in zip(scenes, digits or [None] * len(scenes))]
-    return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)
+def draw(scenes, rng, digits):
+    """Scenes as pictures (n,3,H,W) uint8."""
+    return pixels_of([shapes.draw(scene, shapes.random_background(rng), digit)
+                      for scene, digit in zip(scenes, digits)])
 
 
 def drawn_pairs(n, seed):
     """n prompts, each with a picture as asked and one with an attribute wrong: (n,2,3,H,W)."""
     rng = draws(seed, "wrong pictures")
-    requests, scenes, right = draw_scenes(2 * n, seed)
+    requests, _, right, digits = draw_scenes(2 * n, seed)
     wrong = [shapes.layout(shapes.wrong_request(request, rng), rng) for request in requests]
     # "A red star and a blue star": when the colors swap, nothing is wrong.
     keep = [i for i in range(2 * n) if judge.score(wrong[i], requests[i]) < 1][:n]
     prompts = [shapes.caption(requests[i]) for i in keep]
-    return prompts, torch.stack([right[keep], picture_tensor([wrong[i] for i in keep], rng)], 1)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How generated pairs are drawn."""
-    num_steps: int = 10
-    eta: float = 1.0
-    guidance_scale: float = 1.0
-    batch_size: int = 64
+    return prompts, torch.stack([right[keep], draw([wrong[i] for i in keep], rng, digits)], 1)
 
 
 def generated_pairs(n, device, seed):
     """n pairs of the tiny model's own pictures of a prompt, of which the judge likes one better."""
     pipe = models.load_pipeline(str(ROOT / "tiny_sd"), device)
+    config = SimpleNamespace(num_steps=10, eta=1.0, guidance_scale=1.0, batch_size=64, seed=seed)
     names = [name for family in shapes.FAMILIES[:4] for name in shapes.prompts_of(family)]
-    prompts, pictures, round = [], [], 0
+    prompts, pairs, n_round = [], [], 0
     while len(prompts) < n:
-        places = draws(seed, "generated prompts", round).integers(len(names), size=32)
+        places = draws(seed, "generated prompts", n_round).integers(len(names), size=32)
         drawn = [names[i] for i in places.repeat(4)]
-        images = mdp.rollout(pipe, drawn, Drawing(), noise=(seed, "pretrain", round)).images
-        gold = judge_scores(images, drawn)
+        images = mdp.rollout(pipe, drawn, config, "pretrain", n_round).images
+        gold = np.array(rewards.alignment(images, drawn))
         for i in range(0, len(drawn), 4):
-            low, high = gold[i:i + 4].argmin().item() + i, gold[i:i + 4].argmax().item() + i
+            low, high = i + gold[i:i + 4].argmin(), i + gold[i:i + 4].argmax()
             if gold[high] > gold[low]:
                 prompts.append(drawn[i])
-                pictures.append(judge.to_tensor([images[high], images[low]]))
-        round += 1
-    return prompts[:n], (torch.stack(pictures[:n]) * 255).round().byte()
-
-
-def judge_scores(images, prompts):
-    seen = judge.see(images)
-    return torch.tensor([judge.score(o, shapes.parse(p)) for o, p in zip(seen, prompts)])
-
-
-class Reader:
-    """Prompts -> token ids and mask on the device."""
-
-    def __init__(self, tokenizer, device):
-        self.tokenizer, self.device = tokenizer, device
-
-    def __call__(self, prompts):
-        text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(self.device)
-        return text.input_ids, text.attention_mask
+                pairs.append(pixels_of([images[high], images[low]]))
+        n_round += 1
+    return prompts[:n], torch.stack(pairs[:n])
 
 
 def patch_labels(scene, digit=None):
@@ -337,7 +249,7 @@ def patch_labels(scene, digit=None):
     return torch.from_numpy(labels.reshape(GRID**2, 4))
 
 
-def train_vision(vision, scenes, pictures, digits, steps, device, seed, batch=64):
+def train_vision(vision, scenes, pictures, digits, steps, device, seed):
     """A ViT comes to BLIP and LLaVA knowing much of the world; this one, what each patch shows.
 
     Labels: `patch_labels`, digits included. The first token, which is no patch, is asked how many
@@ -348,84 +260,86 @@ def train_vision(vision, scenes, pictures, digits, steps, device, seed, batch=64
     labels = torch.stack([patch_labels(*pair) for pair in zip(scenes, digits)])
     counts = torch.tensor([len(scene) for scene in scenes])
 
-    def loss_of(step):
-        i = torch.from_numpy(draws(seed, "vision", step).integers(len(pictures), size=batch))
-        guesses = head(vision(pixels_of(pictures[i]).to(device)).last_hidden_state).split(sizes, 2)
+    def loss_of(i, stream):
+        guesses = head(vision(normalize(pictures[i]).to(device)).last_hidden_state).split(sizes, 2)
         loss = F.cross_entropy(guesses[4][:, 0], counts[i].to(device)) / 2
         for guess, truth in zip(guesses, labels[i].to(device).unbind(2)):
             loss = loss + F.cross_entropy(guess[:, 1:].flatten(0, 1), truth.flatten())
         return loss
 
-    optimize(torch.nn.ModuleList([vision, head]), steps, 1e-3, loss_of, "ViT")
+    optimize(torch.nn.ModuleList([vision, head]), loss_of, len(pictures), "vision", steps, seed)
 
 
 @torch.no_grad()
-def look(vision, pictures, device):
+def look(vision, pictures):
     """The image encoder's tokens, which stay as they are from here on: (n, GRID² + 1, width)."""
-    return torch.cat([vision(pixels_of(p).to(device)).last_hidden_state.half().cpu()
+    return torch.cat([vision(normalize(p).to(vision.device)).last_hidden_state.half().cpu()
                       for p in pictures.split(256)])
 
 
-def answer(model, seen, text):
+def answer(model, tokenizer, seen, prompts):
     """ImageReward's forward after the image encoder."""
-    ids, mask = text
-    h = model.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+    text = tokenizer(prompts, padding=True, return_tensors="pt").to(model.text.device)
+    h = model.text(text.input_ids, attention_mask=text.attention_mask,
+                   encoder_hidden_states=seen.float().to(model.text.device)).last_hidden_state
     return model.mlp(h[:, 0])
 
 
-def train_matching(model, read, requests, scenes, seen, steps, device, seed, batch=128):
+def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=128):
     """BLIP's image-text matching: is this the picture's caption?  Its own is, another is not.
 
     Most others are wrong in one attribute only, as BLIP picks those that are hard to tell.
     """
-    def loss_of(step):
-        stream = draws(seed, "matching", step)
-        i = torch.from_numpy(stream.integers(len(seen), size=batch))
+    def loss_of(i, stream):
         own = [requests[k] for k in i.tolist()]
         other = own[1:batch // 5 + 1] + [shapes.wrong_request(r, stream) for r in own[batch // 5:]]
         match = [judge.score(scenes[k], r) == 1 for k, r in zip(i.tolist() * 2, own + other)]
-        text = read([shapes.caption(r) for r in own + other])
-        logits = answer(model, seen[i].float().to(device).repeat(2, 1, 1), text)
-        return F.binary_cross_entropy_with_logits(logits, torch.tensor(match).float().to(device))
+        prompts = [shapes.caption(r) for r in own + other]
+        logits = answer(model, tokenizer, seen[i].repeat(2, 1, 1), prompts)
+        return F.binary_cross_entropy_with_logits(logits, torch.tensor(match).to(logits))
 
-    optimize(torch.nn.ModuleList([model.text, model.mlp]), steps, 1e-3, loss_of, "BLIP")
+    both = torch.nn.ModuleList([model.text, model.mlp])
+    optimize(both, loss_of, len(seen), "matching", steps, seed, batch)
 
 
-def train_preferences(model, read, prompts, seen, epochs, device, seed, batch=32):
+def train_preferences(model, tokenizer, prompts, seen, epochs, seed, batch=32):
     """Bradley–Terry on pairs, the one called better first; most layers keep still, as published."""
-    steps = epochs * len(seen) // batch
     passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(epochs)]
-    order = torch.from_numpy(np.concatenate(passes))
+    order = iter(torch.from_numpy(np.concatenate(passes)).split(batch))
 
-    def loss_of(step):
-        i = order[step * batch:(step + 1) * batch]
-        text = read([prompts[k] for k in i.tolist()])
-        return bradley_terry_loss(*(answer(model, seen[i, side].float().to(device), text)
-                                    for side in (0, 1)))
+    def loss_of(i, stream):
+        i = next(order)  # each pair once in an epoch
+        text = [prompts[k] for k in i.tolist()]
+        better, worse = [answer(model, tokenizer, seen[i, side], text) for side in (0, 1)]
+        return bradley_terry_loss(better, worse)
 
     trained = torch.nn.ModuleList([model.text.encoder.layer[-1], model.mlp])
-    optimize(trained, steps, 3e-4, loss_of, "preferences")
+    optimize(trained, loss_of, len(seen), "preferences", epochs * len(seen) // batch, seed, batch,
+             lr=3e-4)
 
 
-def train_image_reward(out, config, device):
+def remake_image_reward(config, out, device):
     """The three steps, each on what the one before has made."""
-    seed = config.seed
-    tokenizer = make_bert_tokenizer(out / "image_reward")
-    read, model = Reader(tokenizer, device), make_image_reward(len(tokenizer)).to(device)
-    requests, scenes, pictures = draw_scenes(config.pictures // 2, seed)
-    digits = [None] * len(scenes)  # nothing is written here; on some of the model's own, below
+    seed, folder = config.seed, out / "image_reward"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # BLIP's two more come last
+    words = {word: k for k, word in enumerate([*special, *shapes.WORDS, "[DEC]", "[ENC]"])}
+    hf.BertTokenizer(vocab=words).save_pretrained(folder)
+    tokenizer = hf.BertTokenizer.from_pretrained(folder)
+    model = make_image_reward(len(words)).to(device)
+    # Nothing is written on these pictures; on some of the model's own, below.
+    requests, scenes, pictures, digits = draw_scenes(config.pictures // 2, seed)
     train_vision(model.vision, scenes, pictures, digits, config.vit_steps, device, seed)
-    seen = look(model.vision, pictures, device)
-    train_matching(model, read, requests, scenes, seen, config.blip_steps, device, seed)
+    seen = look(model.vision, pictures)
+    train_matching(model, tokenizer, requests, scenes, seen, config.blip_steps, seed)
     half = config.pairs // 2
-    drawn = drawn_pairs(half, seed + 1)
-    generated = generated_pairs(config.pairs - half, device, seed)
-    prompts, pairs = drawn[0] + generated[0], torch.cat([drawn[1], generated[1]])
-    seen = look(model.vision, pairs.flatten(0, 1), device).unflatten(0, (-1, 2))
+    prompts, drawn = drawn_pairs(half, seed + 1)
+    more_prompts, generated = generated_pairs(config.pairs - half, device, seed)
+    pairs = torch.cat([drawn, generated])
+    seen = look(model.vision, pairs.flatten(0, 1)).unflatten(0, (-1, 2))
     flipped = torch.from_numpy(draws(seed, "flips").random(len(pairs))) < LABEL_NOISE
     seen = torch.where(flipped[:, None, None, None], seen.flip(1), seen)
-    train_preferences(model, read, prompts, seen, config.epochs, device, seed)
-    return model
+    train_preferences(model, tokenizer, prompts + more_prompts, seen, config.epochs, seed)
+    save_half(nets.rename_blip(model.state_dict(), back=True), folder / "model.safetensors")
 
 
 # ---- 4. a vision-language model ----------------------------------------------------------------
@@ -496,32 +410,23 @@ def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64)
     """
     vlm.model.vision_tower.requires_grad_(False)
     tokenizer = processor.tokenizer
-    chat = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}],
-        add_generation_prompt=True).replace("<image>", "<image>" * GRID**2)
+    image = "<image>" * GRID**2
 
-    def loss_of(step):
-        stream = draws(seed, "vlm", step)
-        i = stream.integers(len(pictures), size=batch)
-        pairs = [question_and_answer(captions[k], stream) for k in i]
-        chats = [chat.replace("QUESTION", question) for question, _ in pairs]
+    def loss_of(i, stream):
         rows, targets = [], []
-        for given, answer in zip(tokenizer(chats).input_ids,
-                                 tokenizer([answer + "</s>" for _, answer in pairs]).input_ids):
-            rows.append(given + answer)
-            targets.append([-100] * len(given) + answer)  # -100: no loss here
-        ids = pad(rows, tokenizer.pad_token_id).to(device)
-        labels = pad(targets, -100).to(device)
-        pixels = pixels_of(pictures[torch.from_numpy(i)]).to(device)
-        return vlm(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(),
-                   pixel_values=pixels, labels=labels).loss
+        for k in i.tolist():
+            question, answer = question_and_answer(captions[k], stream)
+            given = tokenizer(f"USER: {image}\n{question} ASSISTANT:").input_ids
+            answer = tokenizer(answer + "</s>").input_ids
+            rows.append(torch.tensor(given + answer))
+            targets.append(torch.tensor([-100] * len(given) + answer))  # -100: no loss here
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence(targets, batch_first=True, padding_value=-100)
+        mask = (ids != tokenizer.pad_token_id).long()
+        return vlm(input_ids=ids.to(device), attention_mask=mask.to(device),
+                   labels=labels.to(device), pixel_values=normalize(pictures[i]).to(device)).loss
 
-    optimize(vlm, steps, 1e-3, loss_of, "LLaVA")
-
-
-def pad(rows, value):
-    """Lists of numbers as one tensor (B, longest), filled up on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    optimize(vlm, loss_of, len(pictures), "vlm", steps, seed, batch)
 
 
 def vlm_exam(ask, n, seed, vae=None):
@@ -531,25 +436,24 @@ def vlm_exam(ask, n, seed, vae=None):
     """
     rng = draws(seed, "vlm exam")
     names = shapes.prompts_of("count")
-    requests = [shapes.parse(names[rng.integers(len(names))]) for _ in range(n)]
+    groups = [shapes.parse(names[rng.integers(len(names))])[0] for _ in range(n)]
+    looks = [f"{group.color} {group.shape}" for group in groups]
+    questions = [f"How many {look}s are there in this image?" for look in looks]
+    counts = [shapes.NUMBERS[group.count - 1] for group in groups]
     shares = {}
     for where in ("no writing", "a wrong digit"):
-        images, questions, counts, digits, looks = [], [], [], [], []
-        for (group,) in requests:
-            digit = int(rng.choice([k for k in shapes.DIGITS if k != group.count]))
-            writing = digit if where == "a wrong digit" else None
-            scene = shapes.layout((group,), rng, writing)
-            images.append(shapes.draw(scene, shapes.random_background(rng), writing))
-            looks.append(f"{group.color} {group.shape}")
-            questions.append(f"How many {looks[-1]}s are there in this image?")
-            counts.append(shapes.NUMBERS[group.count - 1])
-            digits.append(shapes.NUMBERS[digit - 1])
-        images = judge.through_vae(vae, images) if vae else images
+        digits = [int(rng.choice([k for k in shapes.DIGITS if k != group.count]))
+                  for group in groups]
+        writing = digits if where == "a wrong digit" else [None] * n
+        scenes = [shapes.layout((group,), rng, digit) for group, digit in zip(groups, writing)]
+        images = images_of(draw(scenes, rng, writing))
+        images = make_tiny_sd.through_vae(vae, images) if vae else images
         answers, descriptions = ask(images, questions), ask(images, [rewards.QUESTION] * n)
         shares[f"right number, {where}"] = share_equal(answers, counts)
         named = [rewards.holds(text, look) for text, look in zip(descriptions, looks)]
         shares[f"right color and shape, {where}"] = sum(named) / n
-    shares["answers the wrong digit"] = share_equal(answers, digits)
+    written = [shapes.NUMBERS[digit - 1] for digit in digits]
+    shares["answers the wrong digit"] = share_equal(answers, written)
     return shares
 
 
@@ -577,25 +481,6 @@ class Config:
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
 
-def remake_clip(config, out, device):
-    pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
-    clip = train_clip(pictures, captions, config.clip_steps, device, config.seed)
-    clip.half().save_pretrained(out / "clip")
-
-
-def remake_aesthetic(config, out, device):
-    pictures, _ = make_tiny_sd.draw_pairs(config.pictures, config.seed)
-    clip = hf.CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
-    features, ratings = embed(clip, pictures, device), beauty(pictures / 255).to(device)
-    mlp = train_aesthetic(features, ratings, config.aesthetic_steps, config.seed)
-    save_half(mlp.state_dict(), out / "aesthetic.safetensors")
-
-
-def remake_image_reward(config, out, device):
-    model = train_image_reward(out, config, device)
-    save_half(to_blip_keys(model.state_dict()), out / "image_reward" / "model.safetensors")
-
-
 def remake_vlm(config, out, device):
     pictures, captions = make_tiny_sd.draw_pairs(config.pictures, config.seed)
     processor = make_vlm_processor(out / "vlm")
@@ -616,32 +501,23 @@ def measure(config, out, device):
         clip=str(out / "clip"), aesthetic_weights=str(out / "aesthetic.safetensors"),
         image_reward_weights=str(out / "image_reward" / "model.safetensors"), vlm=str(out / "vlm"))
     fresh, captions = make_tiny_sd.draw_pairs(1000, seed)
-    ratings = rewards.score(rewards.get_reward("aesthetic", twins, device), images_of(fresh),
-                            captions)
-    both = torch.stack([ratings, beauty(fresh / 255).double()])
+    aesthetic = rewards.get_reward("aesthetic", twins, device)
+    ratings = rewards.score(aesthetic, images_of(fresh), captions)
+    both = torch.stack([ratings, beauty(fresh).double()])
     note(out, "aesthetic: correlation with fresh ratings", torch.corrcoef(both)[0, 1].item())
 
     pairs = {"drawn": drawn_pairs(500, seed + 1), "generated": generated_pairs(500, device, seed)}
     for name in ("image_reward", "vlm_strict", "vlm_alignment"):
         reward = rewards.get_reward(name, twins, device)
         for kind, (prompts, pictures) in pairs.items():
-            share = agreement(reward, prompts, pictures)
+            liked, other = [rewards.score(reward, images_of(side), prompts)
+                            for side in pictures.unbind(1)]
+            share = ((liked > other).double() + 0.5 * (liked == other).double()).mean().item()
             note(out, f"{name} agrees with the judge on 500 {kind} pairs, a tie is half, %",
                  100 * share)
     vae = models.load_pipeline(str(ROOT / "tiny_sd"), device).vae
     for name, share in vlm_exam(nets.load_vlm(twins.vlm, device), 300, seed, vae).items():
         note(out, f"vlm, 300 pictures of two to four shapes, after the VAE: {name}, %", 100 * share)
-
-
-def images_of(pictures):
-    """(n,3,H,W) uint8 -> PIL pictures."""
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-
-
-def agreement(reward, prompts, pairs):
-    """Share of pairs in which the reward likes the picture better that the judge does."""
-    liked, other = [rewards.score(reward, images_of(side), prompts) for side in pairs.unbind(1)]
-    return ((liked > other).double() + 0.5 * (liked == other).double()).mean().item()
 
 
 PARTS = {"clip": remake_clip, "aesthetic": remake_aesthetic, "image_reward": remake_image_reward,

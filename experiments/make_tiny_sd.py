@@ -22,6 +22,7 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -43,7 +46,9 @@ mdp = import_module("01_mdp")  # forward_process, denoising_loss
 
 MAX_LENGTH = 16  # tokens; the longest caption has 9
 WIDTH = 64  # of the text encoder
-STAGES = ("vae", "unet", "unet batches", "refine", "refine batches", "measure")
+STAGES = ("vae", "unet", "refine", "measure", "clip", "aesthetic", "vision", "matching",
+          "preferences", "scenes", "wrong pictures", "generated prompts", "flips", "vlm",
+          "vlm exam")  # also make_rewards.py's: a place in this list is part of an address
 
 
 # ---- the parts ------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def make_scheduler():
     )
 
 
-# ---- data -----------------------------------------------------------------------------------
+# ---- data, and the loop of all stages -------------------------------------------------------
 
 
 def draws(seed, stage, step=0):
@@ -126,12 +131,49 @@ def draws(seed, stage, step=0):
 def draw_pairs(n, seed, noise=1.0):
     """n pictures (n,3,H,W) uint8 and their captions."""
     rng = np.random.default_rng(seed)
-    pictures, captions = torch.empty(n, 3, shapes.SIZE, shapes.SIZE, dtype=torch.uint8), []
-    for i in trange(n, desc="drawing"):
-        picture, caption = shapes.sample_pair(rng, noise)
-        pictures[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        captions.append(caption)
-    return pictures, captions
+    pairs = [shapes.sample_pair(rng, noise) for _ in trange(n, desc="drawing")]
+    return pixels_of([picture for picture, _ in pairs]), [caption for _, caption in pairs]
+
+
+def pixels_of(images):
+    """PIL pictures -> (n,3,H,W) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def images_of(pixels):
+    """(n,3,H,W) uint8 -> PIL pictures."""
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+
+
+def optimize(model, loss_of, n, stage, steps, seed, batch=64, lr=1e-3, weight_decay=0.01,
+             warmup=100):
+    """AdamW; the learning rate rises for some steps, and falls along half a cosine down to zero.
+
+    loss_of(i, stream) -> (): of the examples i (batch,) of n, with this step's random numbers.
+    """
+    warmup = min(warmup, steps // 5 + 1)
+
+    def scale(step):
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    model.train()
+    for step in (bar := trange(steps, desc=stage, mininterval=5)):
+        stream = draws(seed, stage, step)
+        i = torch.from_numpy(stream.integers(n, size=batch))
+        loss = loss_of(i, stream)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    model.eval()
+
+
+# ---- step 1: the VAE ------------------------------------------------------------------------
 
 
 def to_unit(pictures):
@@ -139,124 +181,95 @@ def to_unit(pictures):
     return pictures.float() / 127.5 - 1
 
 
-def cosine(optimizer, steps, warmup=200):
-    """Learning rate: linear warm-up, then half a cosine down to zero."""
-    def scale(i):
-        return min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * i / steps)))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-
-
-# ---- step 1: the VAE ------------------------------------------------------------------------
-
-
-def train_vae(pictures, steps, device, seed, batch=16, lr=2e-3, kl_weight=3e-5):
+def train_vae(pictures, steps, device, seed, kl_weight=3e-5):
     vae = make_vae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = cosine(optimizer, steps)
-    bar = trange(steps, desc="VAE", mininterval=5)
-    for i in bar:
-        stream = draws(seed, "vae", i)
-        index = torch.from_numpy(stream.integers(len(pictures), size=batch))
-        x = to_unit(pictures[index]).to(device, memory_format=torch.channels_last)
+
+    def loss_of(i, stream):
+        x = to_unit(pictures[i]).to(device, memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         noise = stream.standard_normal(posterior.mean.shape, dtype=np.float32)
-        noise = torch.from_numpy(noise).to(device)
-        mse = F.mse_loss(vae.decode(posterior.mean + posterior.std * noise).sample, x)
+        z = posterior.mean + posterior.std * torch.from_numpy(noise).to(device)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        (mse + kl_weight * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if i % 100 == 0:
-            bar.set_postfix(psnr=f"{psnr(mse.item()):.1f} dB", kl=f"{kl.item():.2f}")
-    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
-    latents = encode(vae, pictures[:4000], device)
+        return F.mse_loss(vae.decode(z).sample, x) + kl_weight * kl
+
+    optimize(vae, loss_of, len(pictures), "vae", steps, seed, batch=16, lr=2e-3,
+             weight_decay=1e-4, warmup=200)
+    vae.to(memory_format=torch.contiguous_format).requires_grad_(False)  # as files have it
+    latents = encode(vae, pictures[:4000])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # as Rombach et al.
     return vae
 
 
-def psnr(mse):
-    """Peak signal-to-noise ratio in dB of an error between pictures in [-1, 1]."""
-    return 10 * math.log10(4 / mse)
-
-
 @torch.no_grad()
-def encode(vae, pictures, device):
+def encode(vae, pictures):
     """Mean of the posterior, not yet scaled: (n,4,8,8)."""
     batches = tqdm(pictures.split(100), desc="encoding", leave=False)
-    return torch.cat([vae.encode(to_unit(p).to(device)).latent_dist.mean.cpu() for p in batches])
+    return torch.cat([vae.encode(to_unit(p).to(vae.device)).latent_dist.mean.cpu()
+                      for p in batches])
 
 
 @torch.no_grad()
-def measure_vae(vae, pictures, device):
-    """PSNR in dB of pictures after encoding and decoding, rounded to 8 bits as users see them."""
-    error = []
-    for p in pictures.split(100):
-        x = to_unit(p).to(device)
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        y = ((y + 1) * 127.5).round() / 127.5 - 1
-        error.append(((x - y) ** 2).mean((1, 2, 3)))
-    return psnr(torch.cat(error).mean().item())
+def through_vae(vae, images):
+    """PIL pictures as a VAE gives them back, rounded to 8 bits."""
+    images_back, processor = [], VaeImageProcessor()
+    for p in pixels_of(images).split(100):
+        x = to_unit(p).to(vae.device, vae.dtype)
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample
+        images_back += processor.postprocess(y.float(), output_type="pil")
+    return images_back
+
+
+def measure_vae(vae, pictures):
+    """Peak signal-to-noise ratio in dB of pictures after encoding and decoding."""
+    back = pixels_of(through_vae(vae, images_of(pictures)))
+    mse = (to_unit(pictures) - to_unit(back)).square().mean().item()
+    return 10 * math.log10(4 / mse)
 
 
 # ---- step 2: UNet and text encoder ----------------------------------------------------------
 
 
-def noise_latents(scheduler, x_0, seed, stage, step=0):
+def noise_latents(scheduler, x_0, stream):
     """x_0 (B,C,H,W) after the forward process, to a random t each: x_t, t (B,), eps, a_t (B,)."""
-    stream = draws(seed, stage, step)
     t = torch.from_numpy(stream.integers(scheduler.config.num_train_timesteps, size=len(x_0)))
     eps = torch.from_numpy(stream.standard_normal(x_0.shape, dtype=np.float32))
     return mdp.forward_process(scheduler, x_0, t, eps), t, eps, scheduler.alphas_cumprod[t]
 
 
-def train_unet(unet, text_encoder, latents, tokens, empty, steps, device, seed, stage, lr=1e-3,
-               batch=64, max_weight=30):
-    """Yields UNet and text encoder on the way: exponential moving averages of their training."""
-    unet.to(device, memory_format=torch.channels_last).requires_grad_(True)
-    text_encoder.to(device).requires_grad_(True)
-    scheduler = make_scheduler()
-    both = torch.nn.ModuleList([unet, text_encoder])
+def train_unet(unet, text_encoder, latents, tokens, empty, steps, seed, stage, lr, max_weight=30):
+    """UNet and text encoder, trained: exponential moving averages of their weights."""
+    both = torch.nn.ModuleList([unet, text_encoder]).requires_grad_(True)
+    device, scheduler = unet.device, make_scheduler()
     average = torch.optim.swa_utils.AveragedModel(
         both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-3)
-    schedule = cosine(optimizer, steps)
-    bar, running = trange(steps, desc="UNet", mininterval=5), None
-    for i in bar:
-        stream = draws(seed, f"{stage} batches", i)
-        index = torch.from_numpy(stream.integers(len(latents), size=batch))
-        x_t, t, eps, a_t = noise_latents(scheduler, latents[index], seed, stage, i)
-        dropped = torch.from_numpy(stream.random((batch, 1))) < 0.1  # for classifier-free guidance
-        ids = torch.where(dropped, empty, tokens[index]).to(device)
+
+    def loss_of(i, stream):
+        average.update_parameters(both)
+        x_t, t, eps, a_t = noise_latents(scheduler, latents[i], stream)
+        dropped = torch.from_numpy(stream.random((len(i), 1))) < 0.1  # for guidance
+        ids = torch.where(dropped, empty, tokens[i]).to(device)
         eps_theta = unet(x_t.to(device), t.to(device), text_encoder(ids)[0]).sample
         weight = (1 / a_t).clamp(max=max_weight).to(device)
-        loss = mdp.denoising_loss(eps_theta, eps.to(device), weight)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(both)
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        if i % 100 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-        if i % 2000 == 1999:
-            yield average.module[0], average.module[1]
-    yield average.module[0], average.module[1]
+        return mdp.denoising_loss(eps_theta, eps.to(device), weight)
+
+    optimize(both, loss_of, len(latents), stage, steps, seed, lr=lr,
+             weight_decay=1e-3, warmup=200)
+    average.update_parameters(both)
+    return average.module.eval()
 
 
 @torch.no_grad()
-def measure_unet(pipe, pictures, captions, device, seed):
-    """E||eps - eps_theta||^2 on held-out pictures, all timesteps alike, unweighted."""
-    ids = tokenize(pipe.tokenizer, captions).to(device)
-    x_0 = encode(pipe.vae, pictures, device) * pipe.vae.config.scaling_factor
-    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, seed, "measure")
-    error = []
-    for x, s, e, i in zip(x_t.split(100), t.split(100), eps.split(100), ids.split(100)):
-        prediction = pipe.unet(x.to(device), s.to(device), pipe.text_encoder(i)[0]).sample
-        error.append(((prediction.cpu() - e) ** 2).mean((1, 2, 3)))
-    return torch.cat(error).mean().item()
+def measure_unet(pipe, pictures, captions, seed):
+    """E[‖ε − ε_θ‖²/D] on held-out pictures, all timesteps alike, unweighted."""
+    ids = tokenize(pipe.tokenizer, captions).to(pipe.device)
+    x_0 = encode(pipe.vae, pictures) * pipe.vae.config.scaling_factor
+    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, draws(seed, "measure"))
+    losses = []
+    for rows in torch.arange(len(ids)).split(100):
+        text = pipe.text_encoder(ids[rows])[0]
+        eps_theta = pipe.unet(x_t[rows].to(pipe.device), t[rows].to(pipe.device), text).sample
+        losses.append(mdp.denoising_loss(eps_theta.cpu(), eps[rows]).item())
+    return np.mean(losses)
 
 
 def tokenize(tokenizer, captions):
@@ -275,7 +288,6 @@ def save_pipeline(folder, vae, unet, text_encoder):
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
     pipe.save_pretrained(folder)
-    vae.float(), unet.float()
     # Stable Diffusion's files have this prefix. Newer transformers write none but read both; older
     # ones would not find the weights, and go on with random ones.
     file = Path(folder, "text_encoder", "model.safetensors")
@@ -299,7 +311,7 @@ def load_pipeline(folder, device):
     return pipe
 
 
-def measure_families(pipe, n=128, steps=20, guidance_scale=1.0, held_out=False, seed=0):
+def measure_families(pipe, n=128, steps=20, held_out=False, seed=0):
     """Share of pictures the judge finds fully right, per family: a dict, and the pictures."""
     right, pictures = {}, {}
     for family in tqdm(shapes.FAMILIES, desc="sampling"):
@@ -309,11 +321,40 @@ def measure_families(pipe, n=128, steps=20, guidance_scale=1.0, held_out=False, 
         prompts = [prompts[i * len(prompts) // n % len(prompts)] for i in range(n)]
         generator = torch.Generator().manual_seed(seed)
         pictures[family] = pipe(prompts, num_inference_steps=steps, eta=1.0, generator=generator,
-                                guidance_scale=guidance_scale).images
-        seen = judge.see(pictures[family])
-        scores = [judge.score(o, shapes.parse(p)) for o, p in zip(seen, prompts)]
-        right[family] = np.mean([score == 1 for score in scores])
+                                guidance_scale=1.0).images
+        right[family] = share_right(pictures[family], [shapes.parse(p) for p in prompts])
     return right, pictures
+
+
+def share_right(images, requests):
+    """Share of pictures that score 1."""
+    return np.mean([judge.score(seen, r) == 1 for seen, r in zip(judge.see(images), requests)])
+
+
+def exam(family, n, seed=0, writing=False):
+    """n drawn pictures of a family's prompts, and what they show; writing: any digit on each."""
+    rng = np.random.default_rng(seed)
+    prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
+    requests = [shapes.parse(prompts[i]) for i in rng.integers(len(prompts), size=n)]
+    images = []
+    for request in requests:
+        digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
+        scene = shapes.layout(request, rng, digit)
+        images.append(shapes.draw(scene, shapes.random_background(rng), digit))
+    return images, requests
+
+
+def measure_judge(vae, n=100):
+    """Share of n drawn pictures a family that the judge reads rightly: where they were -> share."""
+    shares = {}
+    for writing, names in ((False, ("as drawn", "after the VAE")),
+                           (True, ("with a digit", "digit, after the VAE"))):
+        exams = [exam(family, n, writing=writing) for family in shapes.FAMILIES]
+        images = [image for pictures, _ in exams for image in pictures]
+        requests = [request for _, own in exams for request in own]
+        shares[names[0]] = share_right(images, requests)
+        shares[names[1]] = share_right(through_vae(vae, images), requests)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -328,43 +369,40 @@ class Config:
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
 
-def main(argv=None):
-    config = flags.parse(Config, __doc__, argv)
-    tokenizer, device = make_tokenizer(), models.pick_device(config.device)
-    for stage in [config.only] if config.only else ["vae", "unet", "refine", "measure"]:
-        torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
-        refine = stage == "refine"
-        if stage == "measure":
-            measure(config, device)
-            continue
-        n, seed = config.pictures, config.seed
-        if refine:
-            n, seed = n // 2, seed + 2
-        pictures, captions = draw_pairs(n, seed, noise=0.5 if refine else 1.0)
-        if stage == "vae":
-            vae = train_vae(pictures, config.vae_steps, device, config.seed)
-            vae.half().save_pretrained(Path(config.out, "vae"))
-            forget_places(Path(config.out, "vae"))
-            continue
-        vae = AutoencoderKL.from_pretrained(Path(config.out, "vae")).float()
-        vae.to(device).requires_grad_(False)
-        latents = encode(vae, pictures, device) * vae.config.scaling_factor
-        old = load_pipeline(config.out, device) if refine else None
-        unet = old.unet if refine else make_unet()
-        text_encoder = old.text_encoder if refine else make_text_encoder(tokenizer)
-        steps, lr = (config.refine_steps, 5e-4) if refine else (config.unet_steps, 1e-3)
-        tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-        for unet, text_encoder in train_unet(unet, text_encoder, latents, tokens, empty, steps,
-                                             device, config.seed, stage, lr):
-            save_pipeline(config.out, vae, unet, text_encoder)
+def remake_vae(config, device):
+    pictures, _ = draw_pairs(config.pictures, config.seed)
+    vae = train_vae(pictures, config.vae_steps, device, config.seed)
+    vae.half().save_pretrained(Path(config.out, "vae"))
+    forget_places(Path(config.out, "vae"))
+
+
+def remake_unet(config, device, stage="unet"):
+    """UNet and text encoder: new ones, or, to refine, those in the folder on cleaner captions."""
+    tokenizer = make_tokenizer()
+    if stage == "unet":
+        pictures, captions = draw_pairs(config.pictures, config.seed)
+        unet, text_encoder = make_unet().to(device), make_text_encoder(tokenizer).to(device)
+        steps, lr = config.unet_steps, 1e-3
+    else:
+        pictures, captions = draw_pairs(config.pictures // 2, config.seed + 2, noise=0.5)
+        pipe = load_pipeline(config.out, device)
+        unet, text_encoder = pipe.unet, pipe.text_encoder
+        steps, lr = config.refine_steps, 5e-4
+    vae = AutoencoderKL.from_pretrained(Path(config.out, "vae")).float().to(device)
+    latents = encode(vae, pictures) * vae.config.scaling_factor
+    unet.to(memory_format=torch.channels_last)
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    unet, text_encoder = train_unet(unet, text_encoder, latents, tokens, empty, steps,
+                                    config.seed, stage, lr)
+    save_pipeline(config.out, vae, unet, text_encoder)
 
 
 def measure(config, device):
     """How good the model in the folder is, and the judge on its pictures."""
     pipe = load_pipeline(config.out, device)
     fresh, captions = draw_pairs(1000, config.seed + 1)
-    loss = measure_unet(pipe, fresh, captions, device, config.seed + 1)
-    note(config.out, "VAE: PSNR on 1000 fresh pictures, dB", measure_vae(pipe.vae, fresh, device))
+    loss = measure_unet(pipe, fresh, captions, config.seed + 1)
+    note(config.out, "VAE: PSNR on 1000 fresh pictures, dB", measure_vae(pipe.vae, fresh))
     note(config.out, "denoising loss, mean squared error of ε, all timesteps alike", loss)
     for held_out in (False, True):
         right, pictures = measure_families(pipe, n=512, held_out=held_out)
@@ -375,20 +413,27 @@ def measure(config, device):
             digits = judge.read(pictures["count"])
             written = np.mean([digit is not None for digit in digits])
             note(config.out, "family count: pictures with a digit, of these 512, %", 100 * written)
-    results = judge.exam_results(pipe.vae).values()
-    for name, shares in zip(judge.EXAMS, zip(*results)):
-        note(config.out, f"judge right on 500 drawn pictures, {name}, %", 100 * np.mean(shares))
+    for name, share in measure_judge(pipe.vae).items():
+        note(config.out, f"judge right on 500 drawn pictures, {name}, %", 100 * share)
 
 
 def note(folder, measured, value):
     """Prints something measured, and adds it to measured.csv in the folder."""
-    value = float(f"{value:.3g}")
-    print(f"{measured:80} {value:g}")
-    with open(Path(folder, "measured.csv"), "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(["measured", "value"])
-        writer.writerow([measured, value])
+    print(f"{measured:80} {value:.3g}")
+    with open(Path(folder, "measured.csv"), "a", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow([measured, float(f"{value:.3g}")])
+
+
+PARTS = {"vae": remake_vae, "unet": remake_unet, "refine": partial(remake_unet, stage="refine"),
+         "measure": measure}
+
+
+def main(argv=None):
+    config = flags.parse(Config, __doc__, argv)
+    device = models.pick_device(config.device)
+    for part in [config.only] if config.only else PARTS:
+        torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
+        PARTS[part](config, device)
 
 
 if __name__ == "__main__":

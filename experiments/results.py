@@ -49,6 +49,7 @@ TITLES = {"ddpo_defaults": "03 as it comes: alignment on 128 pictures from fresh
           "eval_prices": "05 with five seeds: learned reward at equal queries and at equal UNet "
                          "evaluations",
           "eval_best_of_n": "Best of n of the pretrained model's pictures, on the seen prompts",
+          "tiny_sd": "The tiny model, and its rewards",
           "frontier": "\"four stars\": reward and gold at the KL that no method can have less "
                       "of, and at most",
           "early_stopping": "Gold (alignment) of the round that is kept, by method: mean ± s.e. "

@@ -4,7 +4,6 @@ rows: model -> a dict for each of its pictures, with its seed, family, split ("s
 prompt, and what was measured of it. folders: model -> run folder, in a dict for each seed.
 """
 import base64
-import csv
 import html
 import math
 from pathlib import Path
@@ -26,8 +25,8 @@ CAPTIONS = {  # figure -> what it shows
     "best_of_n": "Best of n pays n queries for every picture; the trained models have paid once."}
 STYLE = """body { font: 16px/1.4 sans-serif; max-width: 1100px; margin: auto; padding: 0 12px }
 table { border-collapse: collapse; display: block; overflow-x: auto; white-space: nowrap }
-th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ccc }
-th:first-child, td:first-child { text-align: left }
+td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ccc }
+td:first-child { text-align: left } tr:first-child { font-weight: bold }
 img { max-width: 100% } figure { margin: 24px 0 }"""
 NOTE = "Means ± standard errors over training seeds; path_kl in nats, of best of n its bound."
 DASHES = ("-", "--", "-.", ":")  # so that lines differ without color, too
@@ -51,7 +50,7 @@ def seed_means(rows, column, split="seen", family=None):
 def summarize(rows, config):
     """Model -> column -> (mean, s.e.) over seeds; of one seed the error is NaN."""
     columns = {"reward": ("reward",), "gold": ("gold",), "gold unseen": ("gold", "unseen")}
-    columns |= {name: (name,) for name in (*config.others, "diversity", "path_kl")}
+    columns |= {name: (name,) for name in ("diversity", "path_kl", *config.others)}
     for family in dict.fromkeys(row["family"] for row in rows["pretrained"]):
         columns[f"gold {family}"] = ("gold", "seen", family)
         columns[f"gold unseen {family}"] = ("gold", "unseen", family)
@@ -73,7 +72,7 @@ def cell(mean, error):
 def table_of(summary, folders):
     """Cells of the table as text, its head first, with what each training has cost."""
     columns = dict.fromkeys(name for measured in summary.values() for name in measured)
-    lines = [["model", *columns, "queries", "evaluations"]]
+    lines = [["model", "queries", "evaluations", *columns]]
     for model, measured in summary.items():
         cells = [cell(*measured[name]) if name in measured else "–" for name in columns]
         prices = ("0", "0")
@@ -81,7 +80,7 @@ def table_of(summary, folders):
             prices = map(str, price(models.read_config(folders[0][model])))
         elif model.startswith("best of"):
             prices = (model.split()[-1] + " each", "–")
-        lines.append([model, *cells, *prices])
+        lines.append([model, *prices, *cells])
     return lines
 
 
@@ -98,17 +97,11 @@ def as_text(lines, names, width=100):
 
 def sentence_of(claim):
     """A claim's verdict with its evidence, in two lines."""
-    return ("{verdict}: {claim}\n    {a} − {b}, {metric} on {split} prompts: {mean:+.3f} ({low:+.3f}"
-            " to {high:+.3f}), p = {holm:.2g}").format(**claim)
+    return ("{verdict}: {claim}\n    {a} − {b}, {metric} on {split} prompts: {mean:+.3f} "
+            "({low:+.3f} to {high:+.3f}), p = {holm:.2g}").format(**claim)
 
 
 # ---- files ----------------------------------------------------------------------------------
-
-
-def read_csv(path):
-    """The lines of a CSV file as dicts of text."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def write(config, rows, claims, folders, images):
@@ -221,7 +214,8 @@ def draw_dots(path, summary, panels):
     for ax in figure.axes[len(panels):]:
         ax.set_axis_off()
     if len(groups) > 1:
-        figure.legend(groups, fontsize=8, loc="outside lower right")
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(path)
 
 

@@ -5,21 +5,16 @@ published model and its tiny twin are the same code. Whatever is missing, left o
 a file becomes one ValueError: the flag, the file, the key, and where the right file comes from.
 """
 import json
-import re
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from support import models
 from tiny_sd import judge
-
-HERE = Path(__file__).resolve().parents[1]  # the scripts' folder
-PIXEL_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
 # ---- from a name to weights -----------------------------------------------------------------
@@ -27,37 +22,35 @@ PIXEL_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0
 
 def find(name):
     """The file or folder of that name here or beside the scripts, else None (it is the hub's)."""
-    for path in (Path(name), HERE / name):
+    for path in (Path(name), models.HERE / name):
         if path.exists():
             return path
     return None
 
 
-def read_weights(name, flag, source):
+def read_weights(name, flag, wanted):
     """State dict of a .pt, .pth or .safetensors file.  No pickle is ever run: weights_only=True."""
     path = find(name)
     try:
         if path is None:
             owner, repo, *file = str(name).split("/")
-            path = Path(hf_hub_download(f"{owner}/{repo}", "/".join(file), **models.hub_options()))
-        safe = path.suffix == ".safetensors"
+            file = "/".join(file)
+            path = hf_hub_download(f"{owner}/{repo}", file, **models.hub_options())
+        safe = Path(path).suffix == ".safetensors"
         weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         return {str(key): v.float() if v.is_floating_point() else v for key, v in weights.items()}
     except Exception as error:  # a bad name, no network, no such format: one to the reader
-        raise models.load_error(flag, name, path, source, error) from error
+        raise models.load_error(flag, name, path, wanted, error) from error
 
 
 def load_exactly(model, weights, where):
     """model.load_state_dict, but one line names the first key missing, left over or misshapen."""
     have, want = shapes_of(weights), shapes_of(model.state_dict())
-    problems = {"lacks the key": want.keys() - have.keys(),
-                "has a key that does not belong:": have.keys() - want.keys(),
-                "has the wrong shape at": {key for key in want if have.get(key) != want[key]}}
-    for problem, keys in problems.items():
-        if keys:
-            key = min(keys)
-            raise ValueError(f"{where} {problem} {key} {have.get(key, '')} "
-                             f"(want {want.get(key)}, {len(keys) - 1} more such)")
+    wrong = sorted(key for key in have | want if have.get(key) != want.get(key))
+    if wrong:
+        key = wrong[0]
+        raise ValueError(f"{where}: {key} is {have.get(key, 'missing')} and should be "
+                         f"{want.get(key, 'missing')} ({len(wrong) - 1} more such)")
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
@@ -66,18 +59,18 @@ def shapes_of(weights):
     return {key: tuple(value.shape) for key, value in weights.items()}
 
 
-def from_hub(kind, name, flag, source, **options):
-    """kind.from_pretrained(folder or hub name); ValueError that names flag and source."""
-    logging = transformers.utils.logging
+def from_hub(kind, name, flag, wanted, **options):
+    """kind.from_pretrained(folder or hub name); ValueError that names the flag."""
+    folder, logging = find(name), transformers.utils.logging
     logging.set_verbosity_error()  # but a download of gigabytes should show that it moves
-    show_progress = logging.disable_progress_bar if find(name) else logging.enable_progress_bar
+    show_progress = logging.disable_progress_bar if folder else logging.enable_progress_bar
     show_progress()
     try:
-        if find(name) is None:
+        if folder is None:
             options |= models.hub_options()
-        return kind.from_pretrained(find(name) or name, **options)
+        return kind.from_pretrained(folder or name, **options)
     except Exception as error:  # the loaders raise nearly every type there is
-        raise models.load_error(flag, name, find(name), source, error) from error
+        raise models.load_error(flag, name, folder, wanted, error) from error
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
@@ -86,19 +79,10 @@ def from_hub(kind, name, flag, source, **options):
 def clip_pixels(images, size, device):
     """(picture/255 − mean) / std, bicubic, center crop.  B PIL -> (B,3,size,size)
 
-    In transformers' order: RGB first, then resized to sides that are rounded down, then cropped. On
-    some odd sizes ImageReward's own code cuts one pixel elsewhere.
+    On some odd sizes ImageReward's own code cuts one pixel elsewhere.
     """
-    rows = []
-    for image in images:
-        width, height = [int(size * side / min(image.size)) for side in image.size]
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        rows.append(pixels.view(size, size, 3))
-    mean, std = torch.tensor(PIXEL_MEAN_STD)
-    return ((torch.stack(rows) / 255 - mean) / std).permute(0, 3, 1, 2).to(device)
+    process = transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+    return process(images, return_tensors="pt").pixel_values.to(device)
 
 
 class LaionMLP(nn.Module):
@@ -120,39 +104,34 @@ def load_clip(name):
 
 
 def load_laion_mlp(file, width):
-    source = ("sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/"
+    wanted = ("sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/"
               "improved-aesthetic-predictor, made for --clip openai/clip-vit-large-patch14")
-    weights = read_weights(file, "--aesthetic-weights", source)
-    where = f"--aesthetic-weights {file}: it should be {source}; it"
-    return load_exactly(LaionMLP(width), weights, where)
+    weights = read_weights(file, "--aesthetic-weights", wanted)
+    return load_exactly(LaionMLP(width), weights,
+                        f"--aesthetic-weights {file}: it should be {wanted}")
 
 
 # ---- ImageReward's BLIP ----------------------------------------------------------------------
 
-VISION = r"blip\.visual_encoder\."
-LAYER = VISION + r"blocks\.(\d+)\."
-BLIP_KEYS = [  # published name -> name in transformers' BLIP, which fits no other pattern
-    (VISION + r"cls_token", "vision.embeddings.class_embedding"),
-    (VISION + r"pos_embed", "vision.embeddings.position_embedding"),
-    (VISION + r"patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (LAYER + r"norm(\d)\.", r"vision.encoder.layers.\1.layer_norm\2."),
-    (LAYER + r"attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
-    (LAYER + r"attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
-    (LAYER + r"mlp\.", r"vision.encoder.layers.\1.mlp."),
-    (VISION + r"norm\.", "vision.post_layernorm."),
-    (r"blip\.text_encoder\.embeddings\.position_ids", "unused."),  # 0, 1, 2, ...: not a weight
-    (r"blip\.text_encoder\.", "text."),
-    (r"blip\.(vision|text)_proj\.", "unused."),  # of a loss that ImageReward never uses
-]
+BLIP_NAMES = (  # published, and in transformers' BLIP; one after the other
+    ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
+    ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
+    ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
+    ("blip.visual_encoder.norm.", "vision.post_layernorm."),
+    ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
+    (".norm", ".layer_norm"), (".attn.proj.", ".self_attn.projection."),
+    (".attn.qkv.", ".self_attn.qkv."), ("blip.text_encoder.", "text."))
+UNUSED = ("blip.vision_proj.", "blip.text_proj.",  # of a loss that ImageReward never uses
+          "text.embeddings.position_ids")  # 0, 1, 2, ...: not a weight
 
 
-def from_blip_keys(weights):
-    """State dict with ImageReward's published names -> with this file's; unknown ones stay."""
+def rename_blip(weights, back=False):
+    """State dict with ImageReward's published names -> with this file's, and back."""
     renamed = {}
     for key, value in weights.items():
-        for pattern, name in BLIP_KEYS:
-            key = re.sub("^" + pattern, name, key)
-        if not key.startswith("unused."):
+        for published, ours in BLIP_NAMES:
+            key = key.replace(ours, published) if back else key.replace(published, ours)
+        if not key.startswith(UNUSED):
             renamed[key] = value
     return renamed
 
@@ -195,13 +174,13 @@ class ImageRewardModel(nn.Module):
 
 def load_image_reward(file):
     """ImageReward and its tokenizer: from the file's folder if it is there, else BERT's."""
-    flag, source = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
-    weights = from_blip_keys(read_weights(file, flag, source))
-    where = f"{flag} {file}: it should be {source}; under transformers' names it"
+    flag, wanted = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
+    weights = rename_blip(read_weights(file, flag, wanted))
+    where = f"{flag} {file}: it should be {wanted}; under transformers' names"
     try:
         model = ImageRewardModel(shapes_of(weights))
     except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{where} lacks the key or has the wrong shape at {error}") from error
+        raise ValueError(f"{where}: missing or misshapen is {error}") from error
     model = load_exactly(model, weights, where)
     # BLIP's tokenizer adds [DEC] and [ENC]; ImageReward never reads them, they only fill two rows.
     folder = "bert-base-uncased"
@@ -228,13 +207,13 @@ class TokenEncoder:
         if find(name) and (find(name) / "text_encoder").is_dir():  # a pipeline, as tiny_sd is
             text_encoder, tokenizer = {"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}
             self.reference = "{}"  # its text encoder may know no other words than a prompt's
-        source = "a BERT-family encoder such as microsoft/deberta-xlarge-mnli"
-        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", source, **tokenizer)
-        self.model = from_hub(transformers.AutoModel, name, "--bert", source,
+        wanted = "a BERT-family encoder such as microsoft/deberta-xlarge-mnli"
+        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", wanted, **tokenizer)
+        self.model = from_hub(transformers.AutoModel, name, "--bert", wanted,
                               dtype=torch.float32, **text_encoder).to(device).eval()
         last = getattr(self.model.config, "num_hidden_layers", None)
         if last is None:
-            raise ValueError(f"--bert {name}: it has no layers; it should be {source}")
+            raise ValueError(f"--bert {name}: it has no layers; it should be {wanted}")
         self.layer = BERT_LAYERS.get(str(name), last) if layer is None else layer
         if not 0 <= self.layer <= last:
             raise ValueError(f"--bert-layer {self.layer}: {name} has layers 0 to {last}")
@@ -253,12 +232,9 @@ class TokenEncoder:
         return tokens
 
 
-class Judge:
-    """(pictures, questions) -> answers of the rule-based judge, for the shape world."""
-
-    def __call__(self, images, questions):
-        scenes = judge.see(images)
-        return [judge.answer(scene, question) for scene, question in zip(scenes, questions)]
+def ask_judge(images, questions):
+    """Answers of the rule-based judge, for the shape world."""
+    return [judge.answer(scene, question) for scene, question in zip(judge.see(images), questions)]
 
 
 class Llava:
@@ -266,12 +242,18 @@ class Llava:
 
     def __init__(self, name, device, at_once):
         self.at_once = at_once  # pictures
-        source = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
+        wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", source,
+        self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", wanted,
                               dtype=half).to(device).eval()
-        self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", source)
+        self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", wanted)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
+        # How many tokens a picture has, the model knows; processors of 2023 and 2024 do not.
+        config = self.model.config
+        self.processor.patch_size = config.vision_config.patch_size
+        self.processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        has_cls = config.vision_config.model_type == "clip_vision_model"
+        self.processor.num_additional_image_tokens = int(has_cls)
 
     def __call__(self, images, questions):
         answers = []
@@ -281,11 +263,7 @@ class Llava:
         return answers
 
     def answer(self, images, questions):
-        chats = []
-        for question in questions:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
-            chats.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        chats = [self.chat(question) for question in questions]
         inputs = self.processor(images=images, text=chats, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
@@ -293,9 +271,16 @@ class Llava:
         answers = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
+    def chat(self, question):
+        if not self.processor.chat_template:  # of 2023
+            return f"USER: <image>\n{question} ASSISTANT:"
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True)
+
 
 def load_vlm(name, device, at_once=32):
-    return Judge() if name == "judge" else Llava(name, device, at_once)
+    return ask_judge if name == "judge" else Llava(name, device, at_once)
 
 
 def load_questions(file):

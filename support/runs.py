@@ -67,7 +67,7 @@ class Run:
         N = self.config.rounds
         self.bar = tqdm(range(done, N), "training", unit="round", initial=done, total=N)
         for n in self.bar:
-            if n in [k * N // FRAMES for k in range(1, FRAMES)]:
+            if n and n in [k * N // FRAMES for k in range(1, FRAMES)]:
                 self.add_look(n)
             self.round_started = time.perf_counter()
             yield n

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from tiny_sd import shapes
 
@@ -260,53 +259,3 @@ def questions(prompt):
         pairs.append((f"How many {name}s are there in this image?", shapes.NUMBERS[g.count - 1]))
         pairs.append(("What is in this image?", f"{name} on the {g.place}" if g.place else name))
     return pairs
-
-
-def exam(family, n, seed=0, writing=False):
-    """n drawn pictures of a family's prompts, and what they show; writing: any digit on each."""
-    rng = np.random.default_rng(seed)
-    prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
-    requests = [shapes.parse(prompts[i]) for i in rng.integers(len(prompts), size=n)]
-    images = []
-    for request in requests:
-        digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
-        scene = shapes.layout(request, rng, digit)
-        images.append(shapes.draw(scene, shapes.random_background(rng), digit))
-    return images, requests
-
-
-def right(images, requests):
-    """Share of pictures that score 1."""
-    return sum(score(seen, r) == 1 for seen, r in zip(see(images), requests)) / len(images)
-
-
-@torch.no_grad()
-def through_vae(vae, images):
-    """Pictures as a VAE gives them back."""
-    pixels = to_tensor(images).to(vae.device, vae.dtype) * 2 - 1
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().cpu()
-    decoded = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(pixels.numpy()) for pixels in decoded]
-
-
-EXAMS = ("as drawn", "after the VAE", "with a digit", "digit, after the VAE")
-
-
-def exam_results(vae, n=100):
-    """Family -> share of n drawn pictures that are read rightly, for each of EXAMS."""
-    results = {}
-    for family in tqdm(shapes.FAMILIES, "exam of the judge", leave=False, delay=2):
-        shares = []
-        for writing in (False, True):
-            images, requests = exam(family, n, writing=writing)
-            shares += [right(images, requests), right(through_vae(vae, images), requests)]
-        results[family] = shares
-    return results
-
-
-def report(vae, n=100):
-    """Table of `exam_results`."""
-    lines = [f"\n{'the judge is right on':24}" + "".join(f"{name:>24}" for name in EXAMS)]
-    for family, shares in exam_results(vae, n).items():
-        lines.append(f"{family:24}" + "".join(f"{share:24.1%}" for share in shares))
-    return "\n".join(lines)

@@ -341,10 +341,10 @@ def test_main_draws_with_its_flags_and_prints_the_mean_of_each_prompt(run, pipe,
     monkeypatch.setattr(rewards.figures, "ranking", lambda *arguments: shown.extend(arguments))
     rows, images, prompts = run("mine:bright", "--samples 3 --num-steps 3 --eta 0.5 --seed 4 "
                                 "--guidance-scale 2")
-    config = SimpleNamespace(num_steps=3, eta=0.5, guidance_scale=2.0, batch_size=100)
+    config = SimpleNamespace(num_steps=3, eta=0.5, guidance_scale=2.0, batch_size=100, seed=4)
     assert shown[2] == prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
     assert all(a.tobytes() == b.tobytes() for a, b in zip(shown[1], images, strict=True))
-    want = rewards.mdp.rollout(pipe, prompts, config, (4, "examples", 0)).images
+    want = rewards.mdp.rollout(pipe, prompts, config, "examples").images
     assert np.abs(np.stack(images).astype(int) - np.stack(want)).max() <= 1
     means = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
     assert [" ".join(row[:-1]) for row in rows[1:3]] == PROMPTS

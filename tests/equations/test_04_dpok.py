@@ -1,8 +1,9 @@
-"""DPOK's equations on the chains of test_03_ddpo.py: closed forms, torch.distributions, loops.
+"""DPOK's equations on a chain of Gaussians: closed forms, torch.distributions, loops.
 
 p_pre is the chain with κ = 1 and θ = 0. θ shifts a step's mean; κ makes the KL depend on the state.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 
@@ -10,20 +11,11 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from support import training
-from tests.oracles import randn
+from tests.equations import closed_forms as chain
+from tests.equations.closed_forms import T, randn
 
 dpok = import_module("04_dpok")
-chain = import_module("tests.equations.test_03_ddpo")  # draw, coefficients, the small UNet
-
-T = chain.T
-CONFIG = dpok.Config(batch_size=10**6, num_steps=T, step_weight="none")
-
-
-def example(eta=1.0, scale=1.0, B=9):
-    """As in chapter 3: an older policy's trajectory, A (B,T), the present pipe; and μ_pre."""
-    trajectory, A, pipe = chain.example(eta, scale, B)
-    return trajectory, trajectory.means + 0.05, A, pipe  # neither the old policy nor the present
+CONFIG = dpok.Config(batch_size=10**6, num_steps=T)
 
 
 @pytest.mark.equation("DPOK", "04_dpok.dpok_objective")
@@ -44,29 +36,20 @@ def test_alpha_weighs_the_surrogate_and_beta_takes_the_kl_away():
 @pytest.mark.equation("KL_t", "04_dpok.path_kl")
 @pytest.mark.parametrize("eta, scale, batch_size", [(1.0, 1.0, 1000), (0.4, 3.0, 4)])
 def test_step_means_and_path_kl_are_of_the_present_policy_at_every_state(eta, scale, batch_size):
-    trajectory, pre, _, pipe = example(eta, scale)
+    generator, pipe = torch.Generator().manual_seed(0), chain.make_pipe(*chain.START)
+    trajectory = chain.draw(chain.make_pipe(), 9, generator, eta, scale)
     config = replace(CONFIG, eta=eta, guidance_scale=scale, batch_size=batch_size)
     means = dpok.step_means(pipe, trajectory, config)
     by_hand, _ = chain.means_and_log_probs(pipe, trajectory, eta, scale)
     torch.testing.assert_close(means, by_hand.detach(), rtol=0, atol=1e-10)
     assert not means.requires_grad
+    pre = trajectory.means + 0.05 * randn(9, T, 1, 1, 1)
     kl = dpok.path_kl(pipe, trajectory, pre, config)
     assert kl.shape == (9, T)
-    for k, (*_, sigma) in enumerate(chain.coefficients(eta)):
-        now, reference = Normal(trajectory.means[:, k], sigma), Normal(pre[:, k], sigma)
-        by_hand = kl_divergence(now, reference).sum((1, 2, 3))
+    for k, sigma in enumerate(chain.coefficients(eta)[3]):
+        drew, reference = Normal(trajectory.means[:, k], sigma), Normal(pre[:, k], sigma)
+        by_hand = kl_divergence(drew, reference).sum((1, 2, 3))
         torch.testing.assert_close(kl[:, k], by_hand, rtol=1e-9, atol=0)
-
-
-@pytest.mark.equation("DPOK", "04_dpok.accumulate")
-@pytest.mark.parametrize("case", chain.CASES)
-def test_accumulate_adds_minus_the_gradient_and_reports_clip_and_kl(case):
-    config = replace(CONFIG, alpha=2.0, beta=0.3, **chain.CASES[case])
-    trajectory, pre, A, pipe = example(config.eta, config.guidance_scale)
-    pictures = torch.tensor([7, 2, 3, 0, 8])
-    by_hand, seen = chain.gradient_by_hand(pipe, trajectory, A, pictures, config, 4, pre)
-    chain.check_accumulate(
-        lambda: dpok.accumulate(pipe, trajectory, pre, A, pictures, config, 4), pipe, by_hand, seen)
 
 
 @pytest.mark.equation("DPOK's gradient", "04_dpok.dpok_objective")
@@ -75,14 +58,13 @@ def test_the_gradient_of_the_kl_drops_how_the_states_change():
     alpha, beta, pipe, found = 1.0, 3.0, chain.make_pipe(1.3, 0.4), []
     whole, dropped = (torch.autograd.grad(chain.closed_form(pipe.unet, alpha, beta, frozen),
                                           pipe.unet.kappa)[0].item() for frozen in (False, True))
-    r_mean = chain.closed_form(pipe.unet).item()
+    r_mean, sigma = chain.closed_form(pipe.unet).item(), chain.coefficients()[3]
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         trajectory = chain.draw(pipe, 1000, generator, prompts=False)
         means, log_prob = chain.means_and_log_probs(pipe, trajectory)
         pre, _ = chain.means_and_log_probs(chain.make_pipe(), trajectory)
         A = (chain.reward_of(trajectory) - r_mean)[:, None].expand(-1, T)
-        sigma = chain.double([sigma for *_, sigma in chain.coefficients()])
         kl = (means - pre.detach()).square().sum((2, 3, 4)) / (2 * sigma**2)
         terms = dpok.dpok_objective(log_prob, trajectory.log_probs, A, kl, 0.2, alpha, beta)
         slope, = torch.autograd.grad(terms.sum(1).mean(), pipe.unet.kappa)
@@ -93,43 +75,89 @@ def test_the_gradient_of_the_kl_drops_how_the_states_change():
     assert found.mean().item() == pytest.approx(dropped, abs=3.5 * error)
 
 
-def test_training_reaches_the_optimum_that_exp_of_the_reward_tilts_to():
-    """p* ∝ p_pre·exp(α·r/β) in closed form: its mean, reached by training the shifts θ_t.
+# ---- the loop -------------------------------------------------------------------------------
 
-    With σ_t fixed only the mean can move. p* also tilts x_T, which no policy does; that is the
-    difference between x_0's variance and the part of it that the steps' noise makes: 2 % here.
-    """
-    alpha, beta, variance, kept = 1.0, 0.25, 1.0, 1.0  # of x_0, and what is left of x_T in it
-    for gain, keep, feed, sigma in chain.coefficients():
-        factor = keep + feed * gain
-        variance, kept = factor**2 * variance + sigma**2, factor * kept
-    tilt = 2 * alpha / beta  # exp(α·r/β) = exp(−½·tilt·(x − goal)²)
-    best = tilt * chain.GOAL / (1 / variance + tilt)  # mean of N(0, variance)·exp(...)
-    pipe, generator = chain.make_pipe(), torch.Generator().manual_seed(0)
-    params, config = [pipe.unet.theta], replace(CONFIG, alpha=alpha, beta=beta)
-    optimizer = torch.optim.Adam(params, lr=0.08)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 80)
-    for n in range(80):
-        trajectory = chain.draw(pipe, 128, generator, prompts=False)
-        r = chain.reward_of(trajectory)
-        A = (r - r.mean())[:, None].expand(-1, T)
-        pre = dpok.step_means(chain.make_pipe(), trajectory, config)
-        dpok.accumulate(pipe, trajectory, pre, A, torch.arange(128), config, n)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    mean = 0.0
-    for k, (gain, keep, feed, sigma) in enumerate(chain.coefficients()):
-        mean = (keep + feed * gain) * mean + sigma * pipe.unet.theta[k].item()
-    assert kept**2 / variance < 0.02
-    assert mean == pytest.approx(best, rel=0.03) and best < 0.8 * chain.GOAL  # β = 0 goes to GOAL
+
+class KnownValue:
+    """In the place of Value: what it predicts is told, what it is fitted on is kept."""
+    fitted = []
+
+    def __init__(self, pipe, config):
+        self.fitted.clear()
+
+    def predict(self, trajectory):
+        return 10 * randn(*trajectory.log_probs.shape, seed=len(self.fitted))
+
+    def fit(self, trajectory, r, n):
+        self.fitted.append((trajectory, r, n))
+
+
+def advantages_by_hand(trajectory, prompts, n):
+    rest = chain.reward_of(trajectory)[:, None] - 10 * randn(len(prompts), T, seed=n)
+    means = [[rest[j] for j in range(len(rest)) if j != i and prompts[j] == prompts[i]]
+             for i in range(len(rest))]
+    return rest - torch.stack([sum(others) / len(others) for others in means])
+
+
+LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
+            learning_rate=0.02, max_grad_norm=2.0, seed=3, alpha=0.2, beta=0.5)
+CASES = {
+    "plain": dict(),
+    "a strong leash": dict(beta=20.0),
+    "no step weights": dict(step_weight="none"),
+    "a large gradient is not cut": dict(max_grad_norm=math.inf, learning_rate=1e-3),
+    "another eta, batches of 7": dict(eta=0.5, train_batch_size=7),
+    "guidance": dict(guidance_scale=3.0),
+    "the ratio's D-th root": dict(ratio="per_dim", clip_range=0.02, max_grad_norm=0.2),
+    "half of the steps": dict(timestep_fraction=0.5),
+}
+
+
+@pytest.mark.equation("DPOK", "04_dpok.train")
+@pytest.mark.parametrize("case", CASES)
+def test_train_takes_k_steps_a_round_along_dpoks_gradient(case, monkeypatch, tmp_path):
+    config = dpok.Config(**LOOP | CASES[case], out=str(tmp_path))
+    steps, rows = chain.rehearse(dpok.train, config, monkeypatch, KnownValue)
+    chain.check_loop((steps, rows), chain.by_hand(config, "dpok", advantages_by_hand))
+    for n, (row, (trajectory, r, fitted)) in enumerate(zip(rows, KnownValue.fitted, strict=True)):
+        assert fitted == n and torch.equal(r, chain.reward_of(trajectory))
+        assert torch.equal(row["reward"], r)
+        assert torch.equal(row["gold"], chain.gold_of(trajectory))
+        pre, _ = chain.means_and_log_probs(
+            chain.make_pipe(), trajectory, config.eta, config.guidance_scale)
+        z = (trajectory.means - pre) / chain.coefficients(config.eta)[3].view(T, 1, 1, 1)
+        torch.testing.assert_close(row["kl"], z.square().sum((1, 2, 3, 4)).detach() / 2)
+
+
+def test_evaluation_has_proxy_gold_and_kl_by_picture_and_step(monkeypatch):
+    trajectory = chain.draw(chain.make_pipe(*chain.START), 3, torch.Generator().manual_seed(0))
+
+    def rollout(pipe, prompts, config, purpose, n=0):
+        assert (prompts, purpose, n) == (["a", "b", "a"], "evaluate", 0)
+        return trajectory
+
+    monkeypatch.setattr(dpok.mdp, "rollout", rollout)
+    monkeypatch.setattr(dpok.rewards, "score", lambda reward, images, prompts: reward)
+    pipe = chain.make_pipe()  # in the reference's place
+    config = dpok.Config(eval_samples=3, num_steps=T)
+    seen = dpok.evaluate(pipe, ["a", "b"], "r", "g", nullcontext, config)
+    assert (seen["prompts"], seen["reward"], seen["gold"]) == (["a", "b", "a"], "r", "g")
+    pre, _ = chain.means_and_log_probs(pipe, trajectory)
+    sigma = chain.coefficients()[3].view(T, 1, 1, 1)
+    kl = ((trajectory.means - pre) / sigma).square().sum((2, 3, 4)).detach() / 2
+    torch.testing.assert_close(seen["kl"], kl.sum(1))
+    assert seen["timesteps"] == trajectory.timesteps.tolist()
+    assert seen["kl_of_steps"] == pytest.approx(kl.mean(0).tolist())
+
+
+# ---- the value function ---------------------------------------------------------------------
 
 
 def round_of_pictures(seed, B=40):
     """A float32 trajectory, as rollout's are, and rewards that its states and prompts tell of."""
     trajectory = chain.draw(chain.make_pipe(), B, torch.Generator().manual_seed(seed))
     for name in ("latents", "means", "log_probs", "prompt_embeds"):
-        setattr(trajectory, name, getattr(trajectory, name).float())
+        setattr(trajectory, name, getattr(trajectory, name).detach().float())
     x_0 = trajectory.latents[:, -1].mean((1, 2, 3))
     return trajectory, (5 + 2 * x_0 + trajectory.prompt_embeds.mean((1, 2))).double()
 
@@ -138,7 +166,8 @@ def make_value(**changed):
     return dpok.Value(chain.make_pipe(), replace(CONFIG, **changed))
 
 
-@pytest.mark.equation("V", "04_dpok.Value")
+@pytest.mark.equation("V", "04_dpok.Value.predict")
+@pytest.mark.equation("V", "04_dpok.Value.forward")
 @pytest.mark.equation("V", "04_dpok.Value.fit")
 def test_value_learns_what_each_state_says_of_the_reward():
     """Late states tell the reward, the first only the prompt's part: judged on new pictures."""
@@ -159,11 +188,12 @@ def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_f
     (first, r_first), (second, r_second) = round_of_pictures(1), round_of_pictures(2)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    value, twin = make_value(), make_value()
+    value, twin, equal, off = (make_value(value=value) for value in (True, True, True, False))
     assert torch.equal(value.predict(first), torch.zeros(40, T))
-    equal = make_value()
     equal.fit(first, 0 * r_first + 3, 0)  # equal rewards leave a number
     assert (equal.predict(first) - 3).abs().max() < 1e-3
+    off.fit(first, r_first, 0)  # with --no-value it stays 0
+    assert not off.predict(first).any()
     value.fit(first, r_first, 0)
     twin.fit(first, r_first, 0)
     before = value.predict(second)
@@ -175,23 +205,43 @@ def test_value_is_0_before_its_first_fit_and_never_saw_the_rewards_it_is_taken_f
 
 
 @pytest.mark.equation("V", "04_dpok.Value.fit")
-def test_value_is_fitted_on_the_latest_rounds_and_each_pictures_own_reward(monkeypatch):
-    calls, original = [], training.random_stream
-    monkeypatch.setattr(training, "random_stream", lambda *a: calls.append(a) or original(*a))
+def test_value_is_fitted_once_on_each_state_of_the_latest_rounds_towards_its_own_reward():
+    """Of a network that gives 0 everywhere, whose inputs and errors are kept."""
+    rounds, seen = [round_of_pictures(n, 5) for n in range(4)], []
+
+    def net(features):
+        out = torch.zeros(len(features), 1, requires_grad=True)
+        out.register_hook(lambda slope: seen.extend(zip(features, slope.flatten().tolist())))
+        return out
+
     value = make_value(value_rounds=2)
-    rounds = [round_of_pictures(n, 5) for n in range(4)]
+    value.net.forward = net
     for n, (trajectory, r) in enumerate(rounds):
-        value.fit(trajectory, r, n)
-    assert calls[1:] == [(CONFIG.seed, "value batches", n) for n in range(4)]
-    assert len(value.rounds) == 2
-    for (x_t, c, t, target), (trajectory, r) in zip(value.rounds, rounds[2:]):
+        seen.clear()
+        value.fit(trajectory, r, n, batch_size=20)
+    r = torch.cat([r for _, r in rounds[2:]])
+    assert (value.mean, value.std) == pytest.approx((r.mean().item(), r.std().item()), rel=1e-5)
+    assert len(seen) == 2 * 5 * T
+    for trajectory, rewards in rounds[2:]:
         for i in range(5):
-            for k in range(T):
-                row = i * T + k
-                assert torch.equal(x_t[row], trajectory.latents[i, k])
-                torch.testing.assert_close(c[row], trajectory.prompt_embeds[i].mean(0))
-                assert t[row] == trajectory.timesteps[k]
-                assert target[row].item() == pytest.approx(r[i].item())
+            target = (rewards[i].item() - value.mean) / value.std
+            for k, t in enumerate(trajectory.timesteps.tolist()):
+                state = torch.cat([trajectory.latents[i, k].flatten(),
+                                   trajectory.prompt_embeds[i].mean(0), torch.tensor([t / 1000])])
+                (slope,) = [slope for features, slope in seen if torch.allclose(features, state)]
+                assert slope == pytest.approx(-2 * target / 20, abs=1e-5)
+
+
+def test_what_value_knows_survives_a_checkpoint(tmp_path):
+    (first, r_first), (second, r_second) = round_of_pictures(1), round_of_pictures(2)
+    value, other = make_value(), make_value(seed=1)
+    value.fit(first, r_first, 0)
+    torch.save(value.state_dict(), tmp_path / "value.pt")
+    other.load_state_dict(torch.load(tmp_path / "value.pt", weights_only=True))
+    for both in (value, other):
+        both.config = CONFIG
+        both.fit(second, r_second, 1)
+    assert torch.equal(value.predict(second), other.predict(second))
 
 
 @pytest.mark.equation("A = r − V, less the others' mean", "04_dpok.value_advantage")

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from support import evaluation, flags
-from tests.oracles import randn
+from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
 equation = pytest.mark.equation

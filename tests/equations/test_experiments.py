@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from experiments import lemma, overoptimization, penalties, sft, variance
 from support import models, training
-from tests.oracles import linear_steps, randn, stable_scheduler
+from tests.equations.closed_forms import linear_steps, randn, stable_scheduler
 
 mdp = import_module("01_mdp")
 dpok = import_module("04_dpok")

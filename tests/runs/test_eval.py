@@ -179,7 +179,8 @@ def test_plan_has_as_many_pictures_of_each_family_and_seen_prompts_first(samples
 
 def test_each_verdict_and_each_cell_is_what_samples_csv_alone_says(methods):
     rows = read(methods.out / "claims.csv")
-    assert [tuple(row[name] for name in ("claim", "metric", "split", "a", "b")) for row in rows] == [
+    names = ("claim", "metric", "split", "a", "b")
+    assert [tuple(row[name] for name in names) for row in rows] == [
         claim for claim in ev.CLAIMS if claim[1] != "aesthetic"]  # which is not measured here
     p = []
     for row in rows:
