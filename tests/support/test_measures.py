@@ -8,12 +8,12 @@ from PIL import Image
 
 from support import measures, models, runs, scoring
 from support.measures import Measures
-from tests import oracles
+from tests.equations import closed_forms
 
 SPECS = ("first", "second", "third", "fourth")
 CONFIG = SimpleNamespace(reward="first", gold="second", others=SPECS[2:], clip="tiny_sd/clip",
                          device="cpu", out="folder")
-REWARD = f"{oracles.__file__}:lightness"
+REWARD = f"{closed_forms.__file__}:lightness"
 TINY = ("--rounds 2 --num-steps 2 --prompts-per-round 1 --samples-per-prompt 4 --eval-samples 2 "
         f"--lora-rank 2 --device cpu --reward {REWARD} --prompts bias").split()
 
