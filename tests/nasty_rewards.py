@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import torch
 
+inf = float("inf")
 not_a_function = 3
 
 
@@ -25,24 +26,12 @@ def lines(images, prompts):
     raise RuntimeError("of\nthree\n\nlines")
 
 
-def key(images, prompts):
-    return {}[prompts[0]]
-
-
-def leaves(images, prompts):
-    sys.exit("I leave")
-
-
 def quits(images, prompts):
     raise SystemExit
 
 
 def stops(images, prompts):
     raise KeyboardInterrupt
-
-
-def deep(images, prompts):
-    return deep(images, prompts)
 
 
 def memory(images, prompts):
@@ -67,8 +56,7 @@ def clears(images, prompts):
 
 def spoils(images, prompts):
     images[:] = [None] * len(images)
-    prompts[:] = [None] * len(prompts)
-    return [1.0] * len(images)
+    return [1.0] * len(prompts)
 
 
 def closes(images, prompts):
@@ -82,105 +70,37 @@ def other_modes(images, prompts):
     return [sum(len(image.convert(mode).tobytes()) for mode in modes) for image in images]
 
 
-def nan(images, prompts):
-    return [float("nan")] * len(images)
+# What raises, by itself or for its arguments.
+key = lambda images, prompts: {}[prompts[0]]
+leaves = lambda images, prompts: sys.exit("I leave")
+deep = lambda images, prompts: deep(images, prompts)
+one_argument = lambda images: [1.0] * len(images)
+no_argument = lambda: 1.0
 
+# What gives no number for each picture.
+nan = lambda images, prompts: [-inf + inf] * len(images)
+infinite = lambda images, prompts: np.full(len(images), np.inf)
+none = lambda images, prompts: None
+nones = lambda images, prompts: [None] * len(images)
+few = lambda images, prompts: [1.0]
+many = lambda images, prompts: [1.0] * (len(images) + 1)
+empty = lambda images, prompts: []
+words = lambda images, prompts: ["red"] * len(images)
+one_number = lambda images, prompts: 1.0
+scalar = lambda images, prompts: torch.tensor(1.0)
+nested = lambda images, prompts: [[1.0, 2.0]] * len(images)
+meta = lambda images, prompts: torch.zeros(len(images), device="meta")
+matrix = lambda images, prompts: torch.zeros(len(images), 3)
+complex_list = lambda images, prompts: [1j] * len(images)
+complex_tensor = lambda images, prompts: torch.full((len(images),), 1 + 1j)
+huge_whole = lambda images, prompts: [10**400] * len(images)
+pictures = lambda images, prompts: images
+hostile = lambda images, prompts: [Hostile()] * len(images)
 
-def none(images, prompts):
-    pass
-
-
-def nones(images, prompts):
-    return [None] * len(images)
-
-
-def few(images, prompts):
-    return [1.0]
-
-
-def many(images, prompts):
-    return [1.0] * (len(images) + 1)
-
-
-def empty(images, prompts):
-    return []
-
-
-def words(images, prompts):
-    return ["red"] * len(images)
-
-
-def digits(images, prompts):
-    return ["1.5"] * len(images)
-
-
-def one_number(images, prompts):
-    return 1.0
-
-
-def scalar(images, prompts):
-    return torch.tensor(1.0)
-
-
-def generator(images, prompts):
-    return (1.0 for image in images)
-
-
-def nested(images, prompts):
-    return [[1.0, 2.0] for image in images]
-
-
-def meta(images, prompts):
-    return torch.zeros(len(images), device="meta")
-
-
-def matrix(images, prompts):
-    return torch.zeros(len(images), 3)
-
-
-def column(images, prompts):
-    return torch.zeros(len(images), 1)
-
-
-def complex_list(images, prompts):
-    return [1j] * len(images)
-
-
-def complex_tensor(images, prompts):
-    return torch.full((len(images),), 1 + 1j)
-
-
-def huge_whole(images, prompts):
-    return [10**400] * len(images)
-
-
-def large(images, prompts):
-    return [1e300 * (-1) ** i for i in range(len(images))]
-
-
-def infinite(images, prompts):
-    return np.full(len(images), np.inf)
-
-
-def pictures(images, prompts):
-    return images
-
-
-def hostile(images, prompts):
-    return [Hostile() for image in images]
-
-
-def truths(images, prompts):
-    return [True] * len(images)
-
-
-def needs_grad(images, prompts):
-    return torch.ones(len(images), requires_grad=True)
-
-
-def one_argument(images):
-    return [1.0] * len(images)
-
-
-def no_argument():
-    return 1.0
+# What is odd, and right.
+digits = lambda images, prompts: ["1.5"] * len(images)
+generator = lambda images, prompts: (1.0 for image in images)
+column = lambda images, prompts: torch.zeros(len(images), 1)
+large = lambda images, prompts: [1e300 * (-1) ** i for i in range(len(images))]
+truths = lambda images, prompts: [True] * len(images)
+needs_grad = lambda images, prompts: torch.ones(len(images), requires_grad=True)
