@@ -235,29 +235,28 @@ def draw(path, curve, best, ends, config):
         ax.plot(x, y, "k", lw=1)
         ax.annotate("p_β", (x[-1], y[-1]), (-4, 4), textcoords="offset points", ha="right")
         if name == "reward":  # concave, with the slope β: nothing is above its last tangent either
-            top = max([y[-1], *(row["reward"] for row in best), *(run[0][0] for run in ends.values())])
+            others = [row["reward"] for row in best] + [run[0][0] for run in ends.values()]
+            top = max([y[-1], *others])
             ax.plot([x[-1], x[-1] + (top - y[-1]) / beta], [y[-1], top], "k:", lw=1)
         for row in best:
             ax.errorbar(row["kl_bound"], row[name], row[f"{name}_se"], fmt="ko", ms=4, mfc="white")
-            ax.annotate(f"best of {row['n']:.0f}", (row["kl_bound"], row[name]), (6, -3),
+            ax.annotate(f"{row['n']:.0f}", (row["kl_bound"], row[name]), (5, -7),
                         textcoords="offset points", size=7)
-        low, high = ax.get_ylim()
-        place = -math.inf  # of the label below
-        for k, (label, run) in enumerate(sorted(ends.items(), key=lambda item: item[1][i])):
+        ax.annotate("best of n", (row["kl_bound"], row[name]), (9, 1), size=8,
+                    textcoords="offset points")
+        for label, run in ends.items():
             (value, its_error), (kl, _) = run[i], run[2]
-            ax.errorbar(kl, value, its_error, fmt="<", ms=5, color=f"C{k}")
-            place = max(value, place + 0.05 * (high - low))
-            ax.annotate(label, (kl, place), (6, -3), textcoords="offset points", size=7,
-                        color=f"C{k}")
-        ax.set(xlabel="KL to the pretrained model, nats (best of n and runs: at most)",
-               title=titles[i])
+            ax.errorbar(kl, value, its_error, fmt="<", ms=6, label=label)
+        ax.set(xlabel="KL to the pretrained model, nats (best of n and runs: at most)")
+        ax.set_title(titles[i], size=10)
         ax.set_xscale("asinh", linear_width=0.5)
         ticks = [0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10000]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
-        left, right = ax.get_xlim()
-        ax.set_xlim(left, 10 * right)  # room for the labels
         ax.grid(alpha=0.3)
+    if ends:
+        handles = ax.get_legend_handles_labels()
+        figure.legend(*handles, fontsize=8, loc="outside right center", title="runs, at path KL")
     figure.savefig(path)
 
 

@@ -39,8 +39,7 @@ def main(argv=None):
     rows.append(["minutes in all", round(total)])
     with open(MEASURED, encoding="utf-8", newline="") as file:
         rows += csv.reader(file)
-    results.write("tiny_sd", ["experiments/make_all.py"], (config.seed,),
-                  [{"measured": name, "value": value} for name, value in rows])
+    results.write("tiny_sd", [{"measured": name, "value": value} for name, value in rows])
     MEASURED.unlink()
 
 

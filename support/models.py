@@ -111,7 +111,9 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
         pipe = read_pipeline(folder or model)
         check_pipeline(pipe)
     except Exception as error:  # the loaders raise nearly every type there is
-        wanted = "a folder of Stable Diffusion 1.x/2.x in diffusers' format, or its name there"
+        wanted = "a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors"
+        if Path(model).is_file():
+            wanted += " (StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"
         raise load_error("--model", model, folder or Path(model).exists(), wanted, error) from error
     pipe.unet.eval()
     for frozen in (pipe.vae, pipe.text_encoder):

@@ -1,4 +1,4 @@
-"""The experiments' equations against hand-worked numbers, closed forms and exact quadrature."""
+"""The experiments' equations against hand-worked numbers, closed forms and torch.distributions."""
 import math
 from dataclasses import replace
 from importlib import import_module
@@ -9,44 +9,17 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from experiments import lemma, overoptimization, penalties, sft, variance
-from support import models, training
+from experiments import lemma, overoptimization, penalties, sft, tables, variance
+from support import models
+from tests.equations import closed_forms as chain
 from tests.equations.closed_forms import linear_steps, randn, stable_scheduler
 
 mdp = import_module("01_mdp")
 dpok = import_module("04_dpok")
 
 equation = pytest.mark.equation
-T = 3
-
-
-class ToyUNet(torch.nn.Module):
-    """ε = gain_t·(x_t − √ᾱ_t·belief), the best denoiser of N(belief, s²), said as ε, v or x_0.
-
-    belief: θ + c, c the prompt's embedding, or θ·x_t where depends is true.
-    """
-    dtype = torch.float64
-
-    def __init__(self, scheduler, theta, s, depends):
-        super().__init__()
-        self.theta = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
-        self.scheduler, self.s, self.depends = scheduler, s, depends
-
-    def forward(self, x, t, encoder_hidden_states):
-        a = self.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
-        c = encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1)
-        belief = self.theta * x if self.depends else self.theta + c
-        eps = (1 - a).sqrt() * (x - a.sqrt() * belief) / (a * self.s**2 + 1 - a)
-        x_0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        v = a.sqrt() * eps - (1 - a).sqrt() * x_0
-        answers = {"epsilon": eps, "v_prediction": v, "sample": x_0}
-        return SimpleNamespace(sample=answers[self.scheduler.config.prediction_type])
-
-
-def toy_pipe(theta=0.0, s=0.5, prediction_type="epsilon", depends=False):
-    scheduler = stable_scheduler(T, prediction_type=prediction_type)
-    unet = ToyUNet(scheduler, theta, s, depends)
-    return SimpleNamespace(scheduler=scheduler, unet=unet, device="cpu")
+CONFIG = penalties.Config(batch_size=10**6, num_steps=chain.T, step_weight="none", alpha=2.0,
+                          beta=3.0)
 
 
 @equation("RWR", "experiments.sft.rwr_weights")
@@ -73,33 +46,44 @@ def test_sft_objective_by_hand():
     assert J.item() == pytest.approx(want)
 
 
-@pytest.mark.parametrize("prediction_type, weights", [
-    ("epsilon", "rwr"), ("v_prediction", "sparse"), ("sample", "rwr")])
+class Believer(torch.nn.Module):
+    """A model that believes x_0 to be θ + c, said as ε, v or x_0; c is the prompt's embedding."""
+    dtype = torch.float64
+
+    def __init__(self, scheduler, theta):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(theta).double())
+        self.scheduler = scheduler
+
+    def forward(self, x, t, encoder_hidden_states):
+        a = self.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+        x_0 = self.theta + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1) + 0 * x
+        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
+        answers = {"epsilon": eps, "sample": x_0,
+                   "v_prediction": a.sqrt() * eps - (1 - a).sqrt() * x_0}
+        return SimpleNamespace(sample=answers[self.scheduler.config.prediction_type])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@equation("supervised objective", "experiments.sft.objective")
 @equation("supervised objective", "experiments.sft.predict_eps")
-def test_sft_gradient_in_closed_form_whatever_is_predicted(prediction_type, weights, monkeypatch):
-    """A model that believes x_0 to be θ + c is wrong in ε by √(ᾱ/(1−ᾱ))·(x_0 − θ − c)."""
+def test_sft_gradient_in_closed_form_whatever_is_predicted(prediction_type, monkeypatch):
+    """The believer is wrong in ε by √(ᾱ/(1−ᾱ))·(x_0 − θ − c)."""
     monkeypatch.setattr(sft.models, "encode_prompts", lambda pipe, prompts: torch.tensor(
         [float(len(prompt)) for prompt in prompts]).double().view(-1, 1, 1))
-    prompts, x_0 = ["a", "bb", "a", "ccc", "a"], randn(5, 1, 2, 2)
-    r = torch.tensor([1.0, 0.0, 3.0, 2.0, 2.5]).double()
-    pictures = sft.PictureSet()
-    for part in (slice(0, 2), slice(2, None)):  # in two rounds
-        latents = torch.stack([0 * x_0[part], x_0[part]], 1)
-        pictures.add(SimpleNamespace(latents=latents, prompts=prompts[part]), r[part])
-    config = sft.Config(weights=weights, batch_size=3, temperature=2.0, keep=0.5, beta=0.3, seed=7,
-                        samples_per_prompt=5, num_steps=4, updates_per_round=2)
-    pipe = toy_pipe(0.4, 0.0, prediction_type)
-    reference = models.make_reference(pipe, toy_pipe(-0.2, 0.0, prediction_type).unet)
-    sft.accumulate(pipe, reference, pictures, config, 6, 1)
-
-    stream = training.random_stream(7, "sft batches", 6, 1)
-    rows, t = stream.integers(5, size=10), stream.integers(1000, size=10)
-    w = {"rwr": sft.rwr_weights(r, prompts, 2.0), "sparse": [0, 1, 1.5, 1, 1.5]}[weights]
+    scheduler = stable_scheduler(prediction_type=prediction_type)
+    pipe = SimpleNamespace(scheduler=scheduler, unet=Believer(scheduler, 0.4), device="cpu")
+    reference = models.make_reference(pipe, Believer(scheduler, -0.2))
+    pictures = {"x_0": list(randn(3, 1, 2, 2)), "prompts": ["a", "bb", "ccc"]}
+    w, rows, t = torch.tensor([0.5, 2.0, 1.0]).double(), [2, 0, 2, 1], torch.tensor([9, 500, 0, 77])
+    J = sft.objective(pipe, reference, pictures, w, torch.tensor(rows), t, randn(4, 1, 2, 2, seed=1),
+                      sft.Config(beta=0.3))
+    J.backward()
     want = 0.0
-    for i, a in zip(rows, pipe.scheduler.alphas_cumprod.double()[t]):
-        error = x_0[i].mean() - 0.4 - len(prompts[i])
-        want += a / (1 - a) * (w[i] * 2 * error - 0.3 * 2 * (0.4 + 0.2)) / 10
-    assert -pipe.unet.theta.grad.item() == pytest.approx(want.item(), rel=1e-4)  # ᾱ is float32
+    for i, a in zip(rows, scheduler.alphas_cumprod.double()[t]):
+        error = pictures["x_0"][i].mean() - 0.4 - len(pictures["prompts"][i])
+        want += a / (1 - a) * (w[i] * 2 * error - 0.3 * 2 * (0.4 + 0.2)) / 4
+    assert pipe.unet.theta.grad.item() == pytest.approx(want.item(), rel=1e-4)  # ᾱ is float32
 
 
 @pytest.mark.parametrize("num_steps, eta", [(1, 1.0), (4, 1.0), (4, 0.5)])
@@ -124,57 +108,28 @@ def test_gaussian_chains_against_the_joint_distribution(num_steps, eta):
     assert 0 < kl < bound
 
 
-CONFIG = penalties.Config(batch_size=100, step_weight="none", num_steps=T, alpha=2.0, beta=3.0)
-NODES, NODE_WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(4))
-
-
-@torch.no_grad()
-def all_chains(pipe):
-    """Every chain of the quadrature: x_T and all z from its nodes.  -> trajectory, weights (B,)"""
-    z = torch.cartesian_prod(*[NODES] * (T + 1))
-    weight = torch.cartesian_prod(*[NODE_WEIGHTS / NODE_WEIGHTS.sum()] * (T + 1)).prod(1)
-    x, c = z[:, 0].view(-1, 1, 1, 1), torch.zeros(len(z), 1, 1)
-    latents, means, log_probs = [x], [], []
-    for k, t in enumerate(pipe.scheduler.timesteps):
-        mean, std = mdp.policy(pipe, x, t, c, None, CONFIG)
-        x = mean + std * z[:, k + 1].view(-1, 1, 1, 1)
-        for column, new in zip((latents, means, log_probs), (x, mean, mdp.log_prob(x, mean, std))):
-            column.append(new)
-    columns = [torch.stack(column, 1) for column in (latents, means, log_probs)]
-    return mdp.Trajectory(*columns, pipe.scheduler.timesteps, c, None, None, None), weight
-
-
-def closed_form(theta, beta, frozen_states=False):
-    """J = E[α·r − β·Σ KL_t], r = −x_0²; frozen_states: without how θ changes which x_t are met.
-
-    The policy's belief is θ·x_t, the pretrained one's 0: the KL depends on the state.
-    """
-    var, paid = torch.ones(()).double(), 0.0
-    for a, keep, feed, sigma in linear_steps(stable_scheduler(T)):
-        gain = math.sqrt(1 - a) / (a * 0.25 + 1 - a)
-        paid = paid + (feed * gain * math.sqrt(a) * theta) ** 2 * (
-            var.detach() if frozen_states else var) / (2 * sigma**2)
-        var = (keep + feed * gain * (1 - math.sqrt(a) * theta)) ** 2 * var + sigma**2
-    return -CONFIG.alpha * var - beta * paid
-
-
 @equation("KL in the reward", "experiments.penalties.reward_to_go")
+@equation("log p_pre", "experiments.penalties.pre_log_probs")
 def test_kl_in_the_reward_has_all_of_the_gradient():
-    """By exact quadrature over all chains of three steps; the loss's KL lacks the states' term."""
-    pipe, pre = toy_pipe(0.4, depends=True), toy_pipe()
-    trajectory, weight = all_chains(pipe)
-    r = -trajectory.latents[:, -1, 0, 0, 0] ** 2
-    reference_means = dpok.step_means(pre, trajectory, CONFIG)
-    pre_log_prob = penalties.pre_log_probs(pre, trajectory, reference_means, CONFIG)
-    R = penalties.reward_to_go(r, trajectory.log_probs, pre_log_prob, CONFIG.alpha, CONFIG.beta)
-    A = len(r) * weight[:, None] * R  # accumulate's mean becomes the quadrature's
-    penalties.accumulate(pipe, trajectory, reference_means, A, torch.zeros(T),
-                         torch.arange(len(r)), CONFIG, 0)
-    theta = torch.tensor(0.4).double().requires_grad_()
-    full, = torch.autograd.grad(closed_form(theta, CONFIG.beta), theta)
-    dropped, = torch.autograd.grad(closed_form(theta, CONFIG.beta, True), theta)
-    assert -pipe.unet.theta.grad.item() == pytest.approx(full.item(), rel=1e-6)
-    assert abs(full - dropped) > 0.1 * abs(full)
+    """On average, by a closed form; without how θ changes the states it would be another."""
+    alpha, beta, pipe, found = CONFIG.alpha, CONFIG.beta, chain.make_pipe(1.3, 0.4), []
+    whole, dropped = (torch.autograd.grad(chain.closed_form(pipe.unet, alpha, beta, frozen),
+                                          pipe.unet.kappa)[0].item() for frozen in (False, True))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        trajectory = chain.draw(pipe, 1000, generator, prompts=False)
+        means, log_prob = chain.means_and_log_probs(pipe, trajectory)
+        pre_means, by_hand = chain.means_and_log_probs(chain.make_pipe(), trajectory)
+        pre = penalties.pre_log_probs(pipe, trajectory, pre_means.detach(), CONFIG)
+        torch.testing.assert_close(pre, by_hand.detach(), rtol=1e-9, atol=0)
+        r = chain.reward_of(trajectory)
+        R = penalties.reward_to_go(r, trajectory.log_probs, pre, alpha, beta)
+        J = alpha * ((R - R.mean(0)) * log_prob).sum(1).mean()
+        found.append(torch.autograd.grad(J, pipe.unet.kappa)[0])
+    found = torch.stack(found)
+    error = found.std().item() / 40**0.5
+    assert error < abs(whole - dropped) / 6, "too noisy to tell them apart"
+    assert found.mean().item() == pytest.approx(whole, abs=3 * error)
 
 
 def test_reward_to_go_by_hand():
@@ -183,27 +138,23 @@ def test_reward_to_go_by_hand():
     assert R.tolist() == [[1 - 0.25 * 4, 1 - 0.25 * 3], [1.0, 1.0]]
 
 
-@pytest.mark.parametrize("prediction_type, eta, ratio", [
-    ("epsilon", 1.0, "exact"), ("epsilon", 0.5, "per_dim"), ("v_prediction", 1.0, "exact")])
-@equation("published code's KL", "experiments.penalties.mse_weights")
-def test_mse_leash_is_the_square_of_what_the_predictions_differ_by(prediction_type, eta, ratio):
-    """With A = 0 `accumulate` leaves −β·∇ of the mean over pictures of Σ_t ‖ε_θ − ε_pre‖²."""
-    pipe, pre = toy_pipe(0.7, 0.5, prediction_type), toy_pipe(0.1, 0.5, prediction_type)
-    config = replace(CONFIG, eta=eta, ratio=ratio)
-    x = randn(6, T + 1, 1, 2, 2)
-    trajectory = mdp.Trajectory(x, x[:, 1:], torch.zeros(6, T).double(), pipe.scheduler.timesteps,
-                                torch.zeros(6, 1, 1), None, None, None)
-    reference_means = dpok.step_means(pre, trajectory, config)
-    weight = penalties.mse_weights(pipe.scheduler, config)
-    penalties.accumulate(pipe, trajectory, reference_means, torch.zeros(6, T), 0.3 * weight,
-                         torch.arange(6), config, 0)
-    J = 0.0
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+@equation("published code's KL", "experiments.penalties.kl_weights")
+def test_mse_leash_is_the_square_of_what_the_predictions_differ_by(eta):
+    config = replace(CONFIG, eta=eta)
+    now, pre = chain.make_pipe(1.3, 0.4), chain.make_pipe()
+    trajectory = chain.draw(now, 5, torch.Generator().manual_seed(1), eta)
+    means = [chain.means_and_log_probs(pipe, trajectory, eta)[0].detach() for pipe in (now, pre)]
+    w = penalties.kl_weights(now.scheduler, replace(config, kl="mse"))
     for k, t in enumerate(trajectory.timesteps):
-        now, then = (p.unet(x[:, k], t.expand(6), torch.zeros(6, 1, 1)).sample for p in (pipe, pre))
-        J = J - 0.3 * (now - then.detach()).square().sum((1, 2, 3)).mean()
-    want, = torch.autograd.grad(J, pipe.unet.theta)
-    want = want.item() / (4 if ratio == "per_dim" else 1)
-    assert -pipe.unet.theta.grad.item() == pytest.approx(want, rel=1e-4) and abs(want) > 0.01
+        x, c = trajectory.latents[:, k], trajectory.prompt_embeds
+        eps = [pipe.unet(x, t.expand(5), c).sample for pipe in (now, pre)]
+        std = chain.coefficients(eta)[3][k]
+        kl = mdp.kl_divergence(means[0][:, k], means[1][:, k], std)
+        square = (eps[0] - eps[1]).square().sum((1, 2, 3))
+        assert (w[k] * kl).tolist() == pytest.approx(square.tolist(), rel=1e-5)
+    assert penalties.kl_weights(now.scheduler, config).tolist() == [1.0] * chain.T
+    assert not penalties.kl_weights(now.scheduler, replace(config, kl="reward")).any()
 
 
 @equation("a β that adapts", "experiments.penalties.adapt_beta")
@@ -213,22 +164,30 @@ def test_adapt_beta():
 
 
 @equation("variance of the gradient", "experiments.variance.gradient_variance")
+@equation("gradient of the reward's term", "experiments.variance.gradient")
 def test_gradient_variance_is_that_of_a_mean_of_groups():
-    trajectory, _ = all_chains(toy_pipe())
-    means = dpok.step_means(toy_pipe(0.3, depends=True), trajectory, CONFIG)
-    A = randn(256, T)
-    pipe, config = toy_pipe(), variance.Config(groups=5, beta=9.0, alpha=2.0)
-    found = variance.gradient_variance(pipe, [pipe.unet.theta], trajectory, means, A, config, 0)
-    gradients = []
+    pipe, B = chain.make_pipe(1.1, 0.2), 23
+    trajectory = chain.draw(pipe, B, torch.Generator().manual_seed(2))
+    A, params = randn(B, chain.T), list(pipe.unet.parameters())
+    config = variance.Config(groups=5, alpha=2.0, num_steps=chain.T, train_batch_size=7)
+    found = variance.gradient_variance(pipe, params, trajectory, A, config, 0)
+    _, log_prob = chain.means_and_log_probs(pipe, trajectory)
+    groups = []
     for first in range(5):
-        pipe.unet.theta.grad = None
-        pictures = torch.arange(256)[torch.arange(256) % 5 == first]
-        dpok.accumulate(pipe, trajectory, means, A, pictures, replace(CONFIG, beta=0.0), 0)
-        gradients.append(pipe.unet.theta.grad.item())
-    assert found == pytest.approx(np.var(gradients, ddof=1) / 5, rel=1e-9) and found > 0
+        J = 2.0 * (A * log_prob)[first::5].sum(1).mean()
+        g = torch.autograd.grad(J, params, retain_graph=True)
+        groups.append(torch.cat([part.flatten() for part in g]).numpy())
+    assert found == pytest.approx(np.var(groups, axis=0, ddof=1).sum() / 5, rel=1e-9) and found > 0
 
 
 @equation("hindsight's best", "experiments.overoptimization.hindsights_best")
 def test_hindsights_best_by_hand():
-    assert overoptimization.hindsights_best([0, 9, 0, 0, 5, 5, 5, 5, 5, 1], window=3) == 6
-    assert overoptimization.hindsights_best([3, 1, 2], window=5) == 0
+    assert overoptimization.hindsights_best([0, 9, 0, 0, 0, 5, 5, 5, 5, 5, 1]) == 9
+    assert overoptimization.hindsights_best([3, 1, 2]) == 0
+
+
+@pytest.mark.parametrize("value, error, text", [
+    (0.2578, 0.0404, "0.258"), (148.2837, 10.0285, "148"), (-1.1176, 0.42, "-1.12"),
+    (17.1057, 0.0999, "17.106"), (0.25, math.nan, "0.25"), (1 / 3, 0, "0.333")])
+def test_a_number_has_the_digits_that_its_error_allows(value, error, text):
+    assert tables.rounded(value, error) == text
