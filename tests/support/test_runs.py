@@ -1,4 +1,4 @@
-"""A run's folder: its name, what is logged and kept, and that it survives the end of its process."""
+"""A run's folder: its name, what is logged and kept, and that it survives its process's end."""
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -153,7 +153,8 @@ def test_a_figure_that_cannot_be_drawn_costs_no_weights(tmp_path, monkeypatch, c
     assert "warning: not all figures could be drawn: division by zero" in capsys.readouterr().out
     assert runs.is_finished(run.folder) and (run.folder / "model/weights").is_file()
     assert drawn["before_after.png"] == (run.before, run.after)
-    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), {"reward": "compressibility"})
+    titles = {"reward": "compressibility"}
+    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), titles)
 
 
 def test_killed_before_any_change_of_a_file_a_run_ends_with_the_same_bits(tmp_path):
