@@ -294,18 +294,13 @@ def stay(pipe, x_t, t, prompt_embeds, negative_embeds, config):
     return x_t, torch.full((1, 1, 1, 1), 1e-6)
 
 
-def test_another_policy_draws_and_is_asked_again(pipe):
+def test_another_policy_draws_and_of_two_processes_each_its_own_pictures(pipe, monkeypatch):
     config = mdp.Config(num_steps=3)
-    trajectory = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)
-    first = trajectory.latents[:, :1]
-    torch.testing.assert_close(trajectory.latents, first.expand(-1, 4, -1, -1, -1))
-    mean, _ = mdp.policy_at(pipe, trajectory, [1], 2, config)
-    assert torch.equal(mean, trajectory.latents[[1], 2])
-
-
-def test_of_two_processes_each_draws_its_own_pictures_and_the_same_ones(pipe, monkeypatch):
-    config = mdp.Config(num_steps=1)
     whole = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)
+    first = whole.latents[:, :1]
+    torch.testing.assert_close(whole.latents, first.expand(-1, 4, -1, -1, -1))
+    mean, _ = mdp.policy_at(pipe, whole, [1], 2, config)
+    assert torch.equal(mean, whole.latents[[1], 2])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     mine = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)
