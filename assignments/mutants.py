@@ -14,6 +14,7 @@ no test notices.
 """
 import ast
 import contextlib
+import functools
 import re
 import sys
 import textwrap
@@ -204,8 +205,8 @@ experiments.make_rewards.bradley_terry_loss
     => n = 0  # every round has the same order
     => batch_size = 10**9  # each batch_size rows are a step
 04_dpok.value_advantage
-    => reward, V = -reward, -V  # the advantage is r − V, not V − r
-    ... => return reward[:, None] - V  # the others' mean of r − V is not taken off
+    => r, V = -r, -V  # the advantage is r − V, not V − r
+    ... => return r.to(V)[:, None] - V  # the others' mean of r − V is not taken off
     => V = 0 * V  # V is not used
     ddpo.mean_of_others(_a, _b) => ddpo.mean_of_others(_a + V, _b)  # it is of r − V, not of r
 support.models.make_reference
@@ -274,9 +275,12 @@ class Mutant:
 
     def text(self):
         """The wrong function."""
-        source = (ROOT / self.exercise.file).read_text(encoding="utf-8")
-        right = cut.function_text(source, self.exercise.name)
-        return planted(right, self.shape, self.instead)
+        return planted(right_text(self.exercise), self.shape, self.instead)
+
+
+@functools.cache
+def right_text(exercise):
+    return cut.function_text((ROOT / exercise.file).read_text(encoding="utf-8"), exercise.name)
 
 
 def read_rules(rules):
