@@ -9,8 +9,7 @@ so outlives a rewording of the line: whatever in the function has this shape is 
 stand for any expression, the same one on both sides, and `...` for all other arguments, or for a
 whole block. Without a shape a line is put before the answer; the shape `...` is all of the answer.
 
-RUN `python assignments/mutants.py` (minutes; words behind it choose functions): prints those that
-no test notices.
+RUN `python assignments/mutants.py [FUNCTION ...]` (minutes): prints those that no test notices.
 """
 import ast
 import contextlib
@@ -94,7 +93,7 @@ RULES = r"""
     config.batch_size => 10**9  # the batch size is ignored
     => policy = globals()["policy"]  # the policy that is passed is not used
 02_rewards.jpeg_kilobytes
-    return _a => return _a / 1.024  # a kilobyte has 1000 bytes here
+    return _a => return _a * 1000 / 1024  # a kilobyte has 1000 bytes here
     => quality = 75  # the quality is not used
     => image = image.convert("L")  # the picture has lost its colors
     _a.convert("RGB") => _a  # JPEG has no transparency: convert to RGB first
