@@ -230,6 +230,18 @@ def test_train_takes_k_steps_a_round_along_is_of_a_share_of_its_pictures(case, m
     assert case != "plain" or 0.1 < expected[1][0]["clip_fraction"] < 0.9
 
 
+def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(monkeypatch,
+                                                                              tmp_path):
+    """As of a prompt that is solved: its pictures all have the same reward."""
+    original = chain.reward_of
+    solved = torch.arange(10) < 5
+    monkeypatch.setattr(chain, "reward_of", lambda trajectory: original(trajectory).where(~solved,
+                                                                                        -9.0))
+    config = ddpo.Config(**LOOP, advantage_clip=1.5, out=str(tmp_path))
+    found = chain.rehearse(ddpo.train, config, monkeypatch)
+    chain.check_loop(found, chain.by_hand(config, "is", advantages_by_hand))
+
+
 def test_a_round_without_any_advantage_is_a_step_of_zero_that_asks_the_unet_nothing(monkeypatch,
                                                                                     tmp_path):
     monkeypatch.setattr(chain, "reward_of", lambda trajectory: torch.ones(10).double())
