@@ -235,8 +235,8 @@ def draw(path, curve, best, ends, config):
         ax.plot(x, y, "k", lw=1)
         ax.annotate("p_β", (x[-1], y[-1]), (-4, 4), textcoords="offset points", ha="right")
         if name == "reward":  # concave, with the slope β: nothing is above its last tangent either
-            others = [row["reward"] for row in best] + [run[0][0] for run in ends.values()]
-            top = max([y[-1], *others])
+            highest = [row["reward"] for row in best] + [run[0][0] for run in ends.values()]
+            top = max(y[-1], *highest)
             ax.plot([x[-1], x[-1] + (top - y[-1]) / beta], [y[-1], top], "k:", lw=1)
         for row in best:
             ax.errorbar(row["kl_bound"], row[name], row[f"{name}_se"], fmt="ko", ms=4, mfc="white")

@@ -185,8 +185,8 @@ def draw_films(path, prompts, films, ask):
         strips.append(strip)
         captions.append(below)
     columns = [f"{name}\n{label}" for label in films for name in names]
-    names = [f"{queries} queries" for queries in first]
-    figures.sheet(path, strips, names, columns, None, captions)
+    times = [f"{queries} queries" for queries in first]
+    figures.sheet(path, strips, times, columns, None, captions)
 
 
 def telling(prompts, images):

@@ -38,7 +38,7 @@ from support.prompts import get_prompts  # noqa: E402
 mdp = import_module("01_mdp")  # rollout, policy_at, log_prob, kl_divergence, noise_weight
 rewards = import_module("02_rewards")  # get_reward, score
 ddpo = import_module("03_ddpo")  # check, step_weights, step_pairs, ratio_root
-dpok = import_module("04_dpok")  # Config, dpok_objective, Value, step_means, path_kl, evaluate
+dpok = import_module("04_dpok")  # Config, dpok_objective, Value, value_advantage, path_kl, ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def train(config):
     """Chapter 4's loop with another leash.  -> the run, its summary"""
     if config.target_kl and config.beta == 0:
         raise ValueError("--target-kl moves β by a factor: it needs --beta above 0")
-    ddpo.check(config, "leave_one_out")
+    ddpo.check(config, needs_others=True)
     T, clip_range, alpha = config.num_steps, config.clip_range, config.alpha
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
@@ -111,13 +111,13 @@ def train(config):
             reference_means = dpok.step_means(pipe, trajectory, config)
         r = rewards.score(reward, trajectory.images, prompts, run.folder)
         g = rewards.score(gold, trajectory.images, prompts, run.folder)
-        R = r[:, None]
+        V = baseline.predict(trajectory)
         if config.kl == "reward":
-            pre_log_prob = pre_log_probs(pipe, trajectory, reference_means, config)
             log_prob = trajectory.log_probs
-            R = reward_to_go(r.to(log_prob), log_prob, pre_log_prob, alpha, leash["beta"])
-        A = R - baseline.predict(trajectory).to(R)  # V is fitted to r: nats are the others' mean
-        A = A - ddpo.mean_of_others(A, prompts)
+            pre_log_prob = pre_log_probs(pipe, trajectory, reference_means, config)
+            R = reward_to_go(r.to(V), log_prob, pre_log_prob, alpha, leash["beta"])
+            V = V + r.to(V)[:, None] - R  # so that r − V becomes R − V
+        A = dpok.value_advantage(r, V, prompts)
         A = A.to(step_weight) * step_weight  # (B,T)
         beta = leash["beta"] * kl_weight  # (T,)
 

@@ -88,7 +88,7 @@ def evaluation(folder, *words):
 
 
 def claims(folder):
-    """Chapter 5's claims; and every picture's values, from which a test finds each verdict again."""
+    """Chapter 5's claims; every picture's values, from which a test finds each verdict again."""
     pictures = [{name: row[name] for name in RAW} for row in read_csv(folder / "samples.csv")
                 if not row["model"].startswith("best of")]
     runs.write_rows(HERE / "raw" / "eval_seeds.csv", pictures)

@@ -28,8 +28,7 @@ def ends_of(folder, names=("kl", "reward", "gold")):
 
 
 def gains_of(folder):
-    """What a run was before and after, and has gained: {"queries": ..., "reward before": ..., ...}.
-    """
+    """What a run was before and after, and gained: {"queries": ..., "reward before": ..., ...}."""
     summary = summary_of(folder)
     row = {"queries": summary["queries"]}
     for name in ("reward", "gold", "kl"):
@@ -42,7 +41,7 @@ def gains_of(folder):
 
 
 def as_text(rows, width=100):
-    """A table for the terminal; one too wide for it lies on its side.  rows: dicts of equal keys"""
+    """A table for the terminal; one that is too wide lies on its side.  rows: of equal keys"""
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     if sum(max(map(len, column)) + 2 for column in zip(*cells)) > width:
         cells = list(zip(*cells))

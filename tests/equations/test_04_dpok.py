@@ -245,6 +245,16 @@ def test_of_other_processes_pictures_kl_v_and_states_are_added_up(monkeypatch):
     assert torch.equal(value.rounds[-1][0], 2 * trajectory.latents[:, :-1])
 
 
+@pytest.mark.equation("V", "04_dpok.Value.fit")
+def test_the_order_in_which_value_learns_is_drawn_anew_in_each_round():
+    values = []
+    for n in (0, 1):
+        value, (trajectory, r) = make_value(), round_of_pictures(0, 5)
+        value.fit(trajectory, r, n, batch_size=8)
+        values.append(value.predict(trajectory))
+    assert not torch.equal(*values)
+
+
 def test_what_value_knows_survives_a_checkpoint(tmp_path):
     (first, r_first), (second, r_second) = round_of_pictures(1), round_of_pictures(2)
     value, other = make_value(), make_value(seed=1)

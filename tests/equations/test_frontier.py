@@ -1,5 +1,4 @@
-"""The frontier against closed forms, enumerated draws and other weights; its cache and refusals."""
-import json
+"""The frontier against closed forms, enumerated draws and other weights."""
 import math
 from itertools import product
 
@@ -8,12 +7,9 @@ import pytest
 import torch
 
 from experiments import frontier as fr
-from support import runs
 
 equation = pytest.mark.equation
 STREAM = np.random.default_rng(5)
-TINY = ["--reward", "alignment", "--gold", "incompressibility", "--num-steps", "2", "--pictures",
-        "100", "--out"]
 
 
 def normal(*shape):
@@ -85,51 +81,6 @@ def test_errors_at_equal_kl_are_those_of_the_free_energy():
         assert errors[k] == pytest.approx([want] * 2, rel=0.15)
     for error in (errors[0], best[0]):
         assert error == pytest.approx([r.std().item() / 2000**0.5] * 2, rel=0.15)
-
-
-@pytest.mark.slow
-def test_a_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(fr, "BLOCK", 20)
-    whole = fr.main([*TINY, f"{tmp_path}/whole"])
-    rows, rollout, left = runs.read_rows(tmp_path / "whole/pictures.csv"), fr.mdp.rollout, [1, 1]
-    monkeypatch.setattr(fr.mdp, "rollout", lambda *args, **noise: left.pop() and
-                        rollout(*args, **noise))
-    with pytest.raises(IndexError):  # in the third block
-        fr.main([*TINY, f"{tmp_path}/parts"])
-    assert runs.read_rows(tmp_path / "parts/pictures.csv") == rows[:40] != rows[20:60]
-    left += [1] * 3
-    assert fr.main([*TINY, f"{tmp_path}/parts"]) == whole and left == []
-    for words, message in ((["--seed", "1"], "made with --seed 0, not 1"), (["--prompts", "count"],
-                           "--prompts count: .* one prompt")):
-        with pytest.raises(ValueError, match=message):
-            fr.main([*TINY, f"{tmp_path}/parts", *words])
-
-
-@pytest.mark.parametrize("line, message", [
-    ("[float('nan')] * len(images)", "gave nan"), ("[1] * len(images)", "pictures.csv: no curve")])
-def test_rewards_without_a_curve_are_refused(tmp_path, monkeypatch, line, message):
-    monkeypatch.setattr(fr, "BLOCK", 50)
-    (tmp_path / "own.py").write_text(f"def r(images, prompts):\n    return {line}\n")
-    with pytest.raises(ValueError, match=message):
-        fr.main([*TINY, f"{tmp_path}/out", "--reward", f"{tmp_path}/own.py:r"])
-
-
-def test_runs_are_read_or_measured_and_those_of_another_reward_or_prompt_refused(
-        tmp_path, monkeypatch):
-    saved = {name: getattr(fr.Config(), name) for name in fr.SAME}
-    numbers = {name: {"after": k, "after_se": k / 10, "title": f"gold: {gold}"} for k, name, gold in
-               zip(range(3), ("reward", "gold", "kl"), ("", "alignment", ""))}
-    (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
-    for name, value in (("reward", "aesthetic"), ("prompts", "tasks"), ("eta", 0.5)):
-        (tmp_path / "config.json").write_text(json.dumps(saved | {name: value}))
-        with pytest.raises(ValueError, match=f"--runs {tmp_path}: made with --{name} {value}, not"):
-            fr.check(fr.Config(runs=(str(tmp_path),)))
-    assert fr.ends_of(tmp_path, fr.Config(), None, None) == [(0, 0.0), (1, 0.1), (2, 0.2)]
-    found = {name: torch.tensor([k, k + 2.0]) for k, name in enumerate(numbers)}
-    monkeypatch.setattr(fr.models, "load_run", lambda folder, *_: (folder, "reference"))
-    monkeypatch.setattr(fr.dpok, "evaluate", lambda *args: found)
-    other = fr.ends_of(tmp_path, fr.Config(gold="aesthetic"), None, None)
-    assert other == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
 def test_the_table_brackets_each_kl_between_the_curve_and_a_bound():

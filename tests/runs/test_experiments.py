@@ -1,11 +1,8 @@
-"""The experiments as they are started, with tiny flags: what they write, skip, refuse and leave."""
+"""The experiments as they are started, with tiny flags: what they write, skip and refuse."""
 import csv
-import json
-import subprocess
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,73 +11,65 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import (lemma, overoptimization, penalties, prompt_alignment, samples, sft, sweep,
-                         variance)
+from experiments import (frontier, lemma, overoptimization, penalties, prompt_alignment, results,
+                         samples, sft, sweep, tune, variance)
 from support import commands, figures, flags, models, runs, training
 from support.prompts import get_prompts
-from tiny_sd import judge
+from tests.equations import closed_forms
+from tests.equations.closed_forms import lightness, warmth
 
 mdp = import_module("01_mdp")
-rewards = import_module("02_rewards")
 ddpo = import_module("03_ddpo")
 dpok = import_module("04_dpok")
 
-SMALL = ["--rounds", "2", "--samples-per-prompt", "4", "--num-steps", "3", "--device", "cpu"]
-TINY = [*SMALL, "--eval-samples", "4"]
+REWARD, GOLD = (f"{closed_forms.__file__}:{name}" for name in ("warmth", "lightness"))
+TINY = ["--rounds", "2", "--samples-per-prompt", "4", "--num-steps", "3", "--eval-samples", "4",
+        "--eta", "0.9", "--device", "cpu", "--reward", REWARD, "--gold", GOLD, "--learning-rate",
+        "5e-3", "--seed", "5", "--lora-rank", "4"]
 
 
-def brightness(images, prompts):
-    """A reward for tests: instant, and another one for each picture."""
-    return [sum(image.convert("L").tobytes()) / 1e5 + len(prompt)
-            for image, prompt in zip(images, prompts)]
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
-def instant_rewards(monkeypatch):
-    def get_reward(name, *_):
-        sign = -1 if name == "alignment" else 1
-        return lambda *args: [sign * value for value in brightness(*args)]
-
-    monkeypatch.setattr(rewards, "get_reward", get_reward)
+def no_figures(monkeypatch):
+    """They take longer than the trainings."""
+    monkeypatch.setattr(runs.Run, "draw", lambda *_: None)
 
 
-def keep_calls(monkeypatch, module, name):
-    calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *a: calls.append(a) or function(*a))
-    return calls
-
-
-@pytest.mark.parametrize("data, weights", [*product(["fixed", "fresh"], ["rwr", "sparse"])])
-def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path, monkeypatch,
-                                                        instant_rewards):
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("data, weights", [("fixed", "rwr"), ("fresh", "sparse")])
+def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path):
     """Round 2 has a prompt of round 1: weights over the pictures of both rounds are others."""
     names = ["a red circle", "an orange star", "three red squares"]
     (tmp_path / "prompts.txt").write_text("\n".join(names))
-    config = sft.Config(
-        data=data, weights=weights, temperature=2.0, keep=0.34, beta=0.1, rounds=2, batch_size=8,
-        prompts=str(tmp_path / "prompts.txt"), prompts_per_round=2, samples_per_prompt=3, seed=5,
-        num_steps=3, eval_samples=2, learning_rate=2e-3, weight_decay=0.5, lora_rank=4,
-        train_batch_size=4, device="cpu", out=str(tmp_path), name="run")
-    calls = keep_calls(monkeypatch, rewards, "score")
-    run, verdict = sft.train(config)
-    assert len(calls) == {"fixed": 3, "fresh": 2}[data] * 2 + 2 * 2  # nothing is scored twice
+    words = [*TINY, "--data", data, "--weights", weights, "--temperature", "30", "--keep", "0.34",
+             "--beta", "0.1", "--prompts", f"{tmp_path}/prompts.txt", "--prompts-per-round", "2",
+             "--samples-per-prompt", "3", "--weight-decay", "0.5", "--train-batch-size", "4",
+             "--out", str(tmp_path), "--name", "run"]
+    run = sft.main(words)
+    config = flags.parse(sft.Config, "", words)
 
     pre, pipe = (models.load_pipeline("tiny_sd", "cpu") for _ in range(2))
     params = models.trainable(pipe, config)
-    optimizer = torch.optim.AdamW(params, 2e-3, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(params, 5e-3, weight_decay=0.5)
     learned = []  # (prompt, r, x_0)
     for n in range(2):
         of_round = training.prompts_of_round(names, config, n)
-        own = mdp.rollout(pipe, of_round, config, (5, "train", n))
-        shown = torch.tensor(brightness(own.images, of_round)).mean().item()
-        assert run.rows[n]["reward"] == -run.rows[n]["gold"] == pytest.approx(shown, rel=1e-4)
+        own = mdp.rollout(pipe, of_round, config, "train", n)
+        assert run.rows[n]["reward"] == pytest.approx(
+            torch.tensor(warmth(own.images, of_round)).mean().item(), abs=0.05)
+        assert run.rows[n]["gold"] == pytest.approx(
+            torch.tensor(lightness(own.images, of_round)).mean().item(), abs=0.05)
         assert n == 0 or {prompt for prompt, _, _ in learned} & set(of_round)
-        drawn = own if data == "fresh" else mdp.rollout(pre, of_round, config, (5, "fixed set", n))
+        drawn = own if data == "fresh" else mdp.rollout(pre, of_round, config, "fixed set", n)
         learned = learned if data == "fixed" else []
-        learned += zip(of_round, brightness(drawn.images, of_round), drawn.latents[:, -1])
+        learned += zip(of_round, warmth(drawn.images, of_round), drawn.latents[:, -1])
         prompts, r, x_0 = zip(*learned)
         r, x_0 = torch.tensor(r).double(), torch.stack(x_0)
-        w = {"rwr": sft.rwr_weights(r, prompts, 2.0),
+        w = {"rwr": sft.rwr_weights(r, prompts, 30.0),
              "sparse": sft.sparse_weights(r, prompts, 0.34)}[weights]
         for update in range(2):
             stream = training.random_stream(5, "sft batches", n, update)
@@ -96,300 +85,275 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path,
             (w[rows] * errors[0] + 0.1 * errors[1]).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-
     saved = [v.norm().item() for v in load_file(run.folder / models.ADAPTER).values()]
-    assert sorted(saved) == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-4)
-    assert run.before["prompts"] == run.after["prompts"] == training.spread_evenly(names, 2)
-    assert [row["queries"] for row in run.rows] == [6, 12] == [6, verdict["queries"]]
+    assert sorted(saved) == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-3)
+    assert [row["queries"] for row in run.rows] == [6, 12]
     assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and commands.is_finished(run.folder)
 
 
-@pytest.mark.parametrize("data, needed", [("fixed", 10 + 10000), ("fresh", 1 + 10000)])
-def test_sft_times_only_what_its_updates_need(data, needed, tmp_path, monkeypatch):
-    """Each piece of work takes another power of ten, so that the sum tells which are in it."""
-    clock, rollout, step_means = [0], mdp.rollout, dpok.step_means
-
-    def timed_rollout(pipe, prompts, config, noise):
-        clock[0] += {"train": 1, "fixed set": 10}.get(noise[1], 10**6)
-        return rollout(pipe, prompts, config, noise)
-
-    def timed_means(*arguments):
-        clock[0] += 100
-        return step_means(*arguments)
-
-    def timed_reward(name, *_):
-        def reward(images, prompts):
-            clock[0] += 1000 if name == "alignment" else 10000
-            return brightness(images, prompts)
-
-        return reward
-
-    monkeypatch.setattr(mdp, "rollout", timed_rollout)
-    monkeypatch.setattr(dpok, "step_means", timed_means)
-    monkeypatch.setattr(rewards, "get_reward", timed_reward)
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    run = sft.main([*TINY, "--data", data, "--out", str(tmp_path)])
-    assert [row["seconds"] for row in run.rows] == [needed] * 2
-
-
-@pytest.mark.slow
-def test_without_flags_of_its_own_penalties_is_chapter_4(tmp_path, instant_rewards):
-    words = [*TINY, "--beta", "0.3", "--updates-per-round", "3", "--batch-size", "2", "--out",
-             str(tmp_path)]
-    chapter, run = [script.main([*words, "--clip-range", "1e-3"]) for script in (dpok, penalties)]
+@pytest.mark.usefixtures("no_figures")
+def test_penalties_without_flags_of_its_own_is_chapter_4(tmp_path):
+    words = [*TINY, "--beta", "0.3", "--out", str(tmp_path)]
+    chapter, run = [script.main(words) for script in (dpok, penalties)]
     for a, b in zip(chapter.rows, run.rows, strict=True):
         assert b.pop("beta") == 0.3
-        assert {**a, "seconds": 0} == {**b, "seconds": 0}
-    for side, name in product(("before", "after"), ("reward", "gold", "kl")):
-        assert torch.equal(getattr(chapter, side)[name], getattr(run, side)[name])
-    for script in (penalties, sft):
-        with pytest.raises(ValueError, match="--name"):
-            script.main([*words, "--name", run.folder.name])
+        same = {name: a[name] for name in ("reward", "gold", "kl", "grad_norm")}
+        assert {name: b[name] for name in same} == pytest.approx(same, rel=1e-4)
+    assert torch.equal(chapter.after["reward"], run.after["reward"])
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("kl", ["mse", "reward"])
-def test_each_leash_gets_its_betas_and_its_advantage(kl, tmp_path, monkeypatch, instant_rewards):
-    calls = keep_calls(monkeypatch, penalties, "accumulate")
-    run = penalties.main([*TINY, "--kl", kl, "--target-kl", "2", "--beta", "0.5", "--alpha", "2",
-                          "--rounds", "4", "--learning-rate", "1e-2", "--step-weight", "none",
-                          "--no-value", "--out", str(tmp_path)])
-    for row, following in zip(run.rows, run.rows[1:]):
-        beta = penalties.adapt_beta(row["beta"], row["kl"], 2)
-        assert following["beta"] == pytest.approx(beta, rel=1e-5)
-    assert run.rows[0]["beta"] == 0.5 and run.rows[-1]["kl"] > 0.1
-    for n, row in enumerate(run.rows):
-        pipe, trajectory, reference_means, A, betas, _, config, _ = calls[2 * n]
-        R = torch.tensor(brightness(trajectory.images, trajectory.prompts))[:, None].expand(4, 3)
-        want = row["beta"] * penalties.mse_weights(pipe.scheduler, config)
-        if kl == "reward":
-            pre = penalties.pre_log_probs(pipe, trajectory, reference_means, config)
-            R = penalties.reward_to_go(R[:, 0], trajectory.log_probs, pre, 2.0, row["beta"])
-            want = 0 * want
-        assert betas.tolist() == pytest.approx(want.tolist())
-        assert A.numpy() == pytest.approx((R - (R.sum(0) - R) / 3).numpy(), abs=1e-3)
+def test_each_leash_is_another_training_and_beta_adapts(kl, tmp_path):
+    words = [*TINY, "--beta", "0.5", "--out", str(tmp_path)]
+    runs_of = [penalties.main([*words, *more]) for more in (
+        ["--kl", kl], ["--kl", kl, "--target-kl", "1e-5"], ["--kl", "exact"])]
+    first = [run.rows[0] for run in runs_of]
+    assert first[0]["grad_norm"] == first[1]["grad_norm"]  # β has not moved yet
+    assert kl == "mse" or first[0]["reward"] == first[2]["reward"]
+    assert runs_of[1].rows[1]["beta"] == penalties.adapt_beta(0.5, first[1]["kl"], 1e-5)
+    assert runs_of[0].rows[1]["grad_norm"] != runs_of[2].rows[1]["grad_norm"]
 
 
-@pytest.mark.slow
-def test_lemma_from_another_folder(tmp_path):
-    file = commands.HERE / "experiments" / "lemma.py"
-    ended = subprocess.run([sys.executable, str(file), "--eta", "0.9"], cwd=tmp_path,
-                           capture_output=True, text=True, encoding="utf-8")
-    assert ended.returncode == 0, ended.stderr
-    for m, line in zip(lemma.MEANS, ended.stdout.splitlines()[2:7], strict=True):
-        row = line.split()
-        assert all(0 < float(row[i]) < float(row[i + 2]) for i in (1, 4, 7, 10))
-        assert float(row[10]) == pytest.approx(m**2 / (2 * 0.5**2), rel=0.25)  # of the data, T = 50
-    assert [file.name for file in tmp_path.rglob("*.png")] == ["lemma.png"]
+@pytest.mark.usefixtures("no_figures")
+def test_variance_looks_at_the_round_after_the_training_before_any_update(tmp_path, monkeypatch):
+    calls, plain = [], variance.gradient_variance
 
+    def keep(pipe, params, trajectory, A, config, n):
+        value = plain(pipe, params, trajectory, A, config, n)
+        calls.append((trajectory, A, n))
+        return value
 
-def test_variance_compares_three_advantages_of_an_unseen_round(monkeypatch, instant_rewards,
-                                                               tmp_path, capsys):
-    fits = keep_calls(monkeypatch, dpok.Value, "fit")
-    steps = keep_calls(monkeypatch, dpok, "accumulate")
-    calls = keep_calls(monkeypatch, variance, "gradient_variance")
-    variances = variance.main([*SMALL, "--groups", "4", "--prompts-per-round", "2", "--eta", "0.5",
-                               "--out", str(tmp_path / "new")])
-    r_alone, others, _ = variances.values()
-    assert r_alone > 2 * others  # prompts differ by more than the pictures of one
-    relative = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert relative == pytest.approx([v / others for v in variances.values()], abs=0.006)
-    with open(tmp_path / "new" / "variance.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["advantage"]: float(row["variance"]) for row in rows} == variances
-    assert [round(float(row["relative"]), 2) for row in rows] == relative
-    pipe, _, trajectory, _, _, config, n = calls[0]
-    assert trajectory.prompts == training.prompts_of_round(get_prompts("tasks"), config, n)
-    r = torch.tensor(brightness(trajectory.images, trajectory.prompts))[:, None].expand(8, 3)
-    weights = variance.ddpo.step_weights(pipe.scheduler, config)
-    A, first = [call[4] / weights for call in calls], steps[0][3] / weights
-    assert n == len(fits) == 2 and A[0].numpy() == pytest.approx(r.numpy(), abs=1e-4)
-    assert torch.allclose(first, first[:, :1].expand(8, 3), atol=1e-4)  # V is 0 until it is fitted
+    monkeypatch.setattr(variance, "gradient_variance", keep)
+    found = variance.main([*TINY, "--groups", "4", "--prompts-per-round", "2", "--step-weight",
+                           "none", "--out", str(tmp_path)])
+    (trajectory, _, n), config = calls[0], flags.parse(variance.Config, "", TINY)
+    config = replace(config, prompts_per_round=2)
+    prompts = training.prompts_of_round(get_prompts("tasks"), config, 2)
+    assert n == 2 and trajectory.prompts == prompts
+    r = torch.tensor(warmth(trajectory.images, prompts))[:, None].expand(8, 3)
+    A = [call[1] for call in calls]
+    assert A[0].numpy() == pytest.approx(r.numpy(), rel=1e-4)
     for rows in (slice(0, 4), slice(4, 8)):  # one prompt each
-        assert (A[1][rows].sum(0).abs() < 1e-3).all() and (A[2][rows].sum(0).abs() < 1e-3).all()
-    assert not torch.allclose(A[1], A[2], atol=1e-3)
+        others = (r[rows] - r[rows].mean(0)) * 4 / 3
+        assert A[1][rows].numpy() == pytest.approx(others.numpy(), abs=0.05)
+        assert (A[2][rows].sum(0).abs() < 0.05).all()
+    assert not torch.allclose(A[1], A[2], atol=1e-2)
+    lines = read(tmp_path / "variance.csv")
+    assert [line["advantage"] for line in lines] == list(found)
+    others = found["r − mean of others"]
+    for line, value in zip(lines, found.values()):
+        assert float(line["variance"]) == pytest.approx(value, rel=0.01)
+        assert float(line["relative"]) == pytest.approx(value / others, abs=0.006)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "BLOCK", 50)
+    start = ["--reward", REWARD, "--gold", GOLD, "--num-steps", "2", "--eta", "0.8", "--device",
+             "cpu", "--prompts", "four stars"]
+    run = ddpo.main([*start[:2], *start[4:], "--rounds", "1", "--samples-per-prompt", "4",
+                     "--prompts-per-round", "1", "--eval-samples", "6", "--lora-rank", "2",
+                     "--learning-rate", "0.05", "--out", str(tmp_path)])
+    own = ["--eval-samples", "6", "--runs", str(run.folder)]
+    curve, best, ends = frontier.main([*start, *own, "--pictures", "100", "--out", f"{tmp_path}/a"])
+    frontier.main([*start, "--pictures", "150", "--out", f"{tmp_path}/a"])
+    frontier.main([*start, "--pictures", "150", "--out", f"{tmp_path}/b"])
+    pictures = [runs.read_rows(tmp_path / name / "pictures.csv") for name in "ab"]
+    assert pictures[0] == pictures[1] and pictures[0][:50] != pictures[0][50:100]  # other noise
+
+    r, g = (torch.tensor([row[name] for row in pictures[0][:100]]).double()
+            for name in ("reward", "gold"))
+    assert (best[0]["reward"], best[0]["gold"]) == pytest.approx(
+        (r.mean().item(), g.mean().item()))
+    pipe, _ = models.load_run(run.folder, "cpu")
+    config = flags.parse(frontier.Config, "", [*start, *own])
+    trajectory = mdp.rollout(pipe, ["four stars"] * 6, config, "evaluate")
+    for found, reward in zip(ends[run.folder.name], (warmth, lightness)):
+        values = torch.tensor(reward(trajectory.images, trajectory.prompts))
+        assert found[0] == pytest.approx(values.mean().item(), abs=0.05)
+    with pytest.raises(ValueError, match="--num-steps 2, not 3"):
+        frontier.main([*start, *own, "--num-steps", "3", "--out", f"{tmp_path}/c"])
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        frontier.main([*start, "--seed", "1", "--out", f"{tmp_path}/a"])
+
+
+# ---- scripts that start others --------------------------------------------------------------
 
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """Instead of training, a folder whose numbers are made of β (03: of the name's length).
+    """Instead of training, a folder whose numbers are made of β (03: of the reward's length).
 
-    -> what was started. A picture's color: (the name's length, 9·frame, prompt); prompt 0 is still.
+    -> the Configs of what was started. A film's picture: (reward's length, 9·frame, prompt).
     """
     started = []
 
-    def start(command):
-        started.append(command)
-        script = import_module(command[0].removesuffix(".py"))
+    def start(command, *_):
+        script = import_module(command[0].removesuffix(".py").replace("/", "."))
         config = flags.parse(script.Config, "", command[1:], script.SD)
+        started.append(config)
         folder, beta = Path(config.out, config.name), getattr(config, "beta", len(config.reward))
         (folder / "film").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config)))
-        prompts = get_prompts(config.prompts)
+        runs.write_json(folder / "config.json", asdict(config) | {"method": "fake"})
+        rows, pictures, prompts = [], [], get_prompts(config.prompts)
         for n in range(config.rounds):
-            row = {"round": n + 1, "queries": 8 * n + 8}
-            runs.append_row(folder / "metrics.csv",
-                            row | {"kl": n, "reward": n, "gold": beta - (n - 2) ** 2})
+            rows.append({"round": n + 1, "queries": 8 * n + 8, "kl": n, "reward": n,
+                         "gold": beta - (n - 2) ** 2})
             for i, prompt in enumerate(training.prompts_of_round(prompts, config, n)):
-                reward = 100 * len(prompt.split()) + n**2
-                runs.append_row(folder / "pictures.csv", row | {"picture": i, "reward": reward})
+                pictures.append({"round": n + 1, "picture": i, "reward": 10 * len(prompt) + n})
+        runs.write_rows(folder / "metrics.csv", rows)
+        runs.write_rows(folder / "pictures.csv", pictures)
         film = training.spread_evenly(prompts, config.film_pictures)
-        (folder / "film" / "prompts.json").write_text(json.dumps(film))
+        runs.write_json(folder / "film" / "prompts.json", film)
         for k in range(5):
-            figures.strip([Image.new("RGB", (8, 8), (len(config.reward), 9 * k * (i > 0), i))
+            figures.strip([Image.new("RGB", (8, 8), (len(config.reward), 9 * k, i))
                            for i in range(len(film))]).save(folder / "film" / f"{8 * k:06d}.png")
         figures.sheet(folder / "film.png", [[Image.new("RGB", (8, 8))]], ["x"], ["y"])
-        verdict = {name: {"title": f"title {name}", "before": beta / 2 - k, "before_se": 0.25,
-                          "after": 10 * k + beta, "after_se": 0.5 * k}
+        numbers = {name: {"title": name, "before": beta - k, "before_se": 0.25, "gain": 11.0 * k,
+                          "after": 10.0 * k + beta, "after_se": 0.5 + k, "gain_se": 0.125}
                    for k, name in enumerate(("reward", "gold", "kl"))}
-        (folder / "evaluation.json").write_text(json.dumps(verdict | {"queries": 99}))
+        runs.write_json(folder / "evaluation.json", numbers | {"queries": 99, "seconds": 7.4})
 
-    monkeypatch.setattr(commands, "start", start)
+        return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
+
+    monkeypatch.setattr(commands, "begin", start)
     return started
 
 
-def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, capsys):
+def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path):
     words = ["--betas", "0", "0.25", "--out", str(tmp_path), "--", "--alpha", "2"]
     rows = sweep.main(words)
-    assert [command[:5] for command in fake_runs] == [
-        ["04_dpok.py", "--beta", beta, "--alpha", "2"] for beta in ("0.0", "0.25")]
-    assert rows == [[beta / 2, (20 + beta, 1.0), (beta, 0.0), (10 + beta, 0.5)]
-                    for beta in (0.0, 0.25)]
-    last = capsys.readouterr().out.splitlines()[-2]
-    assert last.split() == "0.125 20.2 ± 1.0 0.250 ± 0.000 10.250 ± 0.500".split()
+    assert [(config.beta, config.alpha) for config in fake_runs] == [(0, 2), (0.25, 2)]
+    assert rows[1] == {"beta": 0.25, "kl": "20.2", "kl error": "2.5", "reward": "0.25",
+                       "reward error": "0.50", "gold": "10.2", "gold error": "1.5"}
     assert sweep.main(words) == rows and len(fake_runs) == 2
     with pytest.raises(ValueError, match="--alpha 2.0, not 3.0"):
         sweep.main([*words[:-1], "3"])
-    sweep.main(["--betas", "0.25", "1", "--name", "other", "--out", str(tmp_path)])
-    assert (tmp_path / "other.png").is_file() and (tmp_path / "other_beta_1").is_dir()
+    assert (tmp_path / "sweep.png").is_file()
 
 
-def test_overoptimization_runs_its_parts_and_marks_hindsights_best(fake_runs, tmp_path, capsys,
-                                                                   monkeypatch):
-    def load_vlm(name, device):
-        assert (name, device) == ("my vlm", "cpu")
-        return lambda images, questions: [f"{question} {image.getpixel((4, 4))[1]}"
-                                          for image, question in zip(images, questions)]
-
-    sheets, curves = [keep_calls(monkeypatch, figures, name) for name in ("sheet", "lines")]
-    monkeypatch.setattr(overoptimization.reward_models, "load_vlm", load_vlm)
-    monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
-        3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
-    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path), "--", "--vlm", "my vlm"]
-    drawn = overoptimization.main(words)
-    wanted = [dict(reward="image_reward", beta=beta, keep_every=5) for beta in (0.0, 0.01, 0.1)]
-    wanted.append(dict(reward="incompressibility", beta=0.0, value=False))
-    for beta in (0.0, 0.03):
-        wanted.append(dict(reward="vlm_strict", beta=beta, value=False, prompts="count",
-                           prompts_per_round=4, samples_per_prompt=12, film_pictures=32))
-    for command, changes in zip(fake_runs, wanted, strict=True):
-        config = flags.parse(dpok.Config, "", command[1:], dpok.SD)
-        common = dict(rounds=9, samples_per_prompt=48, learning_rate=2e-3, seed=3, vlm="my vlm",
-                      gold="alignment", out=str(tmp_path), name=config.name)
-        assert asdict(config) == asdict(dpok.Config(**common | changes))
-    for beta, (rows, best) in zip((0.0, 0.01, 0.1), drawn["proxy"].values(), strict=True):
-        assert best == 3 and len(rows) == 9 and rows[0]["gold"] == beta - 4
-    said = capsys.readouterr().out
-    assert ("β = 0.1: over the last 5 of 9 rounds image_reward is 6.000, alignment -17.900, at 8 "
-            "nats; in hindsight alignment was best, -1.400, at round 4.") in said
-
-    prompts = training.spread_evenly(get_prompts("count"), 32)
-    threes = sum("three" in prompt for prompt in prompts) / 32  # none of them the first, still one
-    assert drawn["writing"] == dict.fromkeys(
-        (0.0, 0.03), ([0, 8, 16, 24, 32], [0, 0, 0, threes, threes]))
-    assert f"any digit in 0% and {31 / 32:.0%}" in said and 0.2 < threes < 0.5
-    _, panels, xlabel, _ = curves[0]
-    for lines, column in zip(panels.values(), ("reward", "gold", None), strict=True):
-        for beta, (x, y) in zip((0.0, 0.03), lines.values(), strict=True):
-            means = {"reward": [0, 0.5, 1, 1.5, 2, 3, 4, 5, 6], None: [0] * 3 + [threes] * 2,
-                     "gold": [beta - v for v in (4, 2.5, 5 / 3, 1.5, 2, 3, 6, 11, 18)]}
-            assert y == pytest.approx(means[column])
-            assert x == [8 * k + (column is not None) * 8 for k in range(len(x))]
-    path, strips, names, columns, _, captions = sheets[-1]
-    shown = training.spread_evenly([prompt for prompt in prompts if "three" in prompt], 4)
-    assert path == tmp_path / "overoptimization_writing.png" and xlabel == "reward queries"
-    assert columns == [f"{prompt}\nβ = {beta}" for beta in ("0", "0.03") for prompt in shown]
-    place = prompts.index(shown[1])
-    assert [len(row) for row in strips] == [8] * 5 and colors(strips[3])[5] == (10, 27, place)
-    question, _ = judge.questions(shown[1])[0]
-    assert captions[3][5] == f"VLM: {question} 27\njudge: none" and names[3] == "24 queries"
-    with pytest.raises(ValueError, match="--rounds 9, not 8"):
-        overoptimization.main(["--rounds", "8", *words[2:]])
-    assert len(fake_runs) == 6 and (tmp_path / "overoptimization_noise.png").is_file()
-    assert list(overoptimization.main(["--only", "writing", *words])) == ["writing"]
-
-
-def colors(images):
-    return [image.getpixel((4, 4)) for image in images]
-
-
-def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch, capsys):
-    sheets = keep_calls(monkeypatch, figures, "sheet")
-    samples.main(["--prompts", "location", "--rounds", "3", "--name", "s", "--out", str(tmp_path),
-                  "--", "--film-pictures", "2"])
-    names = ["aesthetic", "compressibility", "incompressibility"]
-    assert [commands.settings_of(command) for command in fake_runs] == [asdict(ddpo.Config(
+def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(figures, "sheet", lambda *sheet: sheets.append(sheet))
+    rows = samples.main(["--prompts", "location", "--rounds", "3", "--name", "s", "--out",
+                         str(tmp_path), "--", "--film-pictures", "2"])
+    assert fake_runs == [ddpo.Config(
         reward=name, prompts="location", rounds=3, film_pictures=2, name=f"s_{name}",
-        out=str(tmp_path))) for name in names]
-    path, rows, row_names, columns = sheets[-1]
-    assert path == tmp_path / "s.png" and path.is_file()
+        out=str(tmp_path)) for name in samples.REWARDS]
+    assert rows[1] == {
+        "run": "s_compressibility", "queries": 99, "reward before": "15.00", "reward after":
+        "15.00", "reward gain": "0.00", "reward gain_se": "0.12", "gold before": "14.00",
+        "gold after": "25.0", "gold gain": "11.00", "gold gain_se": "0.12", "kl before": "13.00",
+        "kl after": "35.0", "kl gain": "22.00", "kl gain_se": "0.12"}
+    path, pictures, names, columns = sheets[-1]
     assert columns == training.spread_evenly(get_prompts("location"), 2)
-    assert row_names == ["pretrained", "aesthetic\n4.50 → 9.00", "compressibility\n7.50 → 15.00",
-                         "incompressibility\n8.50 → 17.00"]
-    assert [colors(row) for row in rows] == [[(9, 0, 0), (9, 0, 1)], *(
-        [(len(name), 0, 0), (len(name), 36, 1)] for name in names)]
-    assert "incompressibility    8.500 ± 0.250  ->  17.000 ± 0.000" in capsys.readouterr().out
+    assert names[0] == "pretrained" and names[2] == "compressibility\n15.00 → 15.00"
+    colors = [[image.getpixel((4, 4)) for image in row] for row in pictures]
+    assert colors == [[(9, 0, 0), (9, 0, 1)], *(
+        [(len(name), 36, 0), (len(name), 36, 1)] for name in samples.REWARDS)]
 
 
-def test_alignment_draws_each_family_by_its_own_prompts(fake_runs, tmp_path, monkeypatch):
-    sheets, plots = (keep_calls(monkeypatch, figures, name) for name in ("sheet", "queries"))
-    lengths = {"location": 6, "color": 3, "composition": 7}  # words of each family's prompts
-    words = ["--families", *lengths, "--rounds", "7", "--out", str(tmp_path),
+def test_alignment_says_each_families_first_and_last_rounds(fake_runs, tmp_path):
+    words = ["--families", "location", "color", "--rounds", "7", "--out", str(tmp_path),
              "--prompts-per-family"]
-    curves = prompt_alignment.main([*words, "2", "--", "--seed", "3", "--vlm", "judge"])
-    (command,), path = fake_runs, tmp_path / "prompt_alignment"
-    assert commands.settings_of(command) == asdict(ddpo.Config(
-        reward="vlm_alignment", prompts=f"{path}.txt", rounds=7, prompts_per_round=6,
-        samples_per_prompt=8, film_pictures=6, seed=3, vlm="judge", name=path.name,
-        out=str(tmp_path)))
-    prompts = sum((training.spread_evenly(get_prompts(family), 2) for family in lengths), [])
-    assert Path(f"{path}.txt").read_text().splitlines() == prompts
-    latest = [0, 1 / 2, 5 / 3, 14 / 4, 30 / 4, 54 / 4, 86 / 4]  # of 0, 1, 4, 9, 16, 25, 36
-    for family, length in lengths.items():
-        x, y = plots[0][1][family]
-        assert (x, y[0].tolist()) == (curves[family][0], pytest.approx(curves[family][1]))
-        assert x == [8, 16, 24, 32, 40, 48, 56]
-        assert curves[family][1] == pytest.approx([100 * length + mean for mean in latest])
-    film, rows, row_names, columns = sheets[-1]
-    assert row_names == [prompts[i] for i in (1, 2, 4)]  # the first of a family that is not still
-    assert columns == [f"{n} queries" for n in (0, 8, 16, 24, 32)]
-    assert [colors(row) for row in rows] == [[(13, 9 * k, i) for k in range(5)] for i in (1, 2, 4)]
-    assert all(Path(file).is_file() for file in (film, f"{path}_film.png", f"{path}.png"))
+    rows = prompt_alignment.main([*words, "2", "--", "--seed", "3", "--vlm", "judge"])
+    prompts = Path(tmp_path, "prompt_alignment.txt").read_text().splitlines()
+    for family, row in zip(("location", "color"), rows, strict=True):
+        own = training.spread_evenly(get_prompts(family), 2)
+        mean = 10 * sum(map(len, own)) / 2
+        assert set(own) <= set(prompts) and row["family"] == family
+        assert float(row["first round"]) == pytest.approx(mean, abs=0.6)
+        assert float(row["last four rounds"]) == pytest.approx(mean + 4.5, abs=0.6)
+    (config,) = fake_runs
+    assert (config.reward, config.prompts_per_round, config.seed) == ("vlm_alignment", 4, 3)
     with pytest.raises(ValueError, match="--prompts-per-family"):
         prompt_alignment.main([*words, "1"])
-    assert Path(f"{path}.txt").read_text().splitlines() == prompts and len(fake_runs) == 1
+
+
+def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tmp_path,
+                                                                   monkeypatch):
+    monkeypatch.setattr(overoptimization.reward_models, "load_vlm", lambda name, device: (
+        lambda images, questions: [f"{question} 7" for question in questions]))
+    monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
+        3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
+    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path)]
+    found = overoptimization.main([*words, "--", "--vlm", "mine"])
+    common = dict(rounds=9, learning_rate=2e-3, seed=3, vlm="mine", out=str(tmp_path))
+    wanted = [dict(beta=beta, keep_every=5) for beta in (0.0, 0.01, 0.1)]
+    wanted += [dict(reward="incompressibility", beta=0.0, value=False)]
+    wanted += [dict(reward="vlm_strict", beta=beta, value=False, prompts="count", film_pictures=32,
+                    prompts_per_round=4, samples_per_prompt=12) for beta in (0.0, 0.03)]
+    assert [replace(config, name=None) for config in fake_runs] == [
+        dpok.Config(**dict(samples_per_prompt=48) | common | changes) for changes in wanted]
+    row = found["proxy"][2]
+    assert (row["beta"], row["hindsight's best round"]) == (0.1, 4)
+    assert row["gold over its last five rounds"] == "-1.40"  # 0.1 less the mean of 4, 1, 0, 1
+    threes = sum("three" in prompt for prompt in
+                 training.spread_evenly(get_prompts("count"), 32)) / 32
+    row = found["writing"][1]
+    assert [row[name] for name in ("number written before", "number written after",
+                                   "any digit after")] == ["0.00", f"{threes:.2f}", "1.00"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"overoptimization{name}.png" for name in ("", "_noise", "_writing", "_writing_curves")}
+    assert list(overoptimization.main(["--only", "noise", *words, "--", "--vlm", "mine"])) == [
+        "noise"]
+    assert len(fake_runs) == 6
+
+
+def test_tuning_gives_each_method_ten_settings_and_sorts_them(fake_runs, tmp_path):
+    rows = tune.main(["--rounds", "8", "--seed", "7", "--jobs", "2", "--out", str(tmp_path)])
+    assert len(rows) == len(fake_runs) == 50
+    for config, (method, rate, updates) in zip(fake_runs, [
+            (method, *setting) for method, settings in tune.SETTINGS.items()
+            for setting in settings], strict=True):
+        assert (config.learning_rate, config.updates_per_round) == (rate, updates)
+        assert (config.seed, config.rounds, config.prompts) == (7, 8, "tuning")
+        assert config.name.startswith(f"{method}_lr")
+    assert [{k: str(v) for k, v in row.items()} for row in rows] == read(tmp_path / "tuning.csv")
+
+
+def test_results_keep_a_tables_head_and_render_it(tmp_path, monkeypatch, fake_runs):
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    (tmp_path / "a.csv").write_text("# title: T\n# command: C\n# date: 1999-01-01\nx\n1\n")
+    (tmp_path / "README.md").write_text("<!-- a.csv -->\nold\n<!-- end -->\n")
+    results.write("a", [{"x": "1"}])
+    assert "1999" in (tmp_path / "a.csv").read_text()  # nothing has changed
+    results.write("a", [{"x": 2, "y": "3 ± 1"}])
+    results.render(tmp_path / "README.md", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "**T**\n\n| x | y |\n| --- | --- |\n| 2 | 3 ± 1 |\n" in text and "command: C" in text
+    rows = results.chapter(tmp_path, "dpok", "04_dpok.py")
+    assert [config.seed for config in fake_runs] == [row["seed"] for row in rows] == [0, 1, 2]
+    assert (rows[0]["seconds"], rows[0]["kl after"]) == (7, "20.0")
+    assert [row["flags"] for row in results.penalties(tmp_path)] == list(results.PENALTIES)
+    assert [(config.kl, config.target_kl) for config in fake_runs[3:]] == [
+        ("exact", None), ("mse", None), ("reward", None), ("exact", 10.0)]
+
+
+def test_lemma_prints_both_sides(tmp_path):
+    sides = lemma.main(["--eta", "0.9", "--out", f"{tmp_path}/lemma.png"])
+    for m, (kl, bound) in zip(lemma.MEANS, sides[50], strict=True):
+        assert kl < bound and kl == pytest.approx(m**2 / (2 * 0.5**2), rel=0.25)
+    assert (tmp_path / "lemma.png").is_file()
 
 
 @pytest.mark.parametrize("script, words, named", [
     (sft, "--temperature 0", "--temperature"), (sft, "--gold beauty", "--gold beauty"),
-    (penalties, "--samples-per-prompt 1", "--samples-per-prompt"),
     (penalties, "--target-kl 3 --beta 0", "--target-kl"), (variance, "--groups 99", "--groups"),
-    (lemma, "--eta 0", "--eta"), (sweep, "--betas 0.1 0.1", "--betas"),
-    (sweep, "-- --beta 1", "--beta"), (sweep, "-- --rounds 0", "--rounds"),
-    (samples, "-- --num-steps 0", "--num-steps"), (prompt_alignment, "--families", "--families"),
-    (prompt_alignment, "--families shape", "--families"), (prompt_alignment, "-- --eta 2", "--eta"),
-    *((samples, f"-- {flag} 1", f"{flag} behind --") for flag in (
-        "--reward --prompts --rounds --name --out").split()),
-    *((prompt_alignment, f"-- {flag} 1", f"{flag} behind --") for flag in (
-        "--reward --prompts --rounds --film-pictures --prompts-per-round --samples-per-prompt "
-        "--name --out").split()),
+    (frontier, "--prompts count", "--prompts count"), (lemma, "--eta 0", "--eta"),
+    (sweep, "--betas 0.1 0.1", "--betas"), (sweep, "-- --beta 1", "--beta"),
+    (sweep, "-- --rounds 0", "--rounds"), (samples, "-- --num-steps 0", "--num-steps"),
+    (samples, "-- --reward 1", "--reward behind --"),
+    (prompt_alignment, "--families", "--families"),
+    (prompt_alignment, "-- --eta 2", "--eta"), (tune, "--rounds 0", "--rounds"),
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
-    (overoptimization, "--samples-per-prompt 10", "--samples-per-prompt"),
-    *((overoptimization, f"-- --{flag} 1", "gets its own") for flag in (
-        "beta no-value rounds samples-per-prompt learning-rate reward gold seed").split())])
+    (overoptimization, "-- --no-value 1", "--no-value"),
+    (overoptimization, "--samples-per-prompt 10", "--samples-per-prompt")])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands, "start", None)  # nothing is started
+    monkeypatch.setattr(commands, "begin", None)  # nothing is started
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        flags.run(lambda: script.main(words.split()))
+        flags.run(partial(script.main, words.split()))
     assert error.value.code == 2 and named in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/*"))

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from experiments import make_rewards, make_tiny_sd
 from support import reward_models as nets
-from tiny_sd import judge, shapes
+from tiny_sd import judge, shapes, web
 
 rewards = import_module("02_rewards")
 
@@ -52,7 +52,7 @@ def test_captions_and_requests_are_inverse(family):
 
 def test_pretraining_pairs_never_show_or_name_what_is_held_out():
     rng = np.random.default_rng(0)
-    pictures, captions = zip(*[shapes.sample_pair(rng) for _ in range(400)])
+    pictures, captions = zip(*[web.sample_pair(rng) for _ in range(400)])
     requests = [shapes.parse(caption) for caption in captions]
     assert not any(shapes.is_held_out(request) for request in requests)
     scenes = judge.see(pictures)
@@ -66,7 +66,7 @@ def test_pretraining_pairs_never_show_or_name_what_is_held_out():
 
 def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
     rng, shares, lies = np.random.default_rng(3), {}, []
-    pictures, captions = zip(*[shapes.sample_pair(rng) for _ in range(1000)])
+    pictures, captions = zip(*[web.sample_pair(rng) for _ in range(1000)])
     for image, caption, digit in zip(pictures, captions, judge.read(pictures)):
         request = shapes.parse(caption)
         shares.setdefault(shapes.family_of(request), []).append(digit is not None)
@@ -74,7 +74,7 @@ def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
             assert digit == request[0].count
             assert np.ptp(np.array(image)[shapes.CORNER:, shapes.CORNER:], 2).max() < 30  # no color
             lies.append(len(judge.see([image])[0]) != digit)
-    assert np.mean(shares["count"]) == pytest.approx(shapes.WRITING_SHARE, abs=0.06)
+    assert np.mean(shares["count"]) == pytest.approx(web.WRITING_SHARE, abs=0.06)
     assert np.mean(shares["color"]) < 0.25  # where a caption counts to one
     assert not any(shares["composition"] + shares["location"] + shares["bias"])
     assert 0.12 < np.mean(lies) < 0.45  # below CAPTION_NOISE: one object is never counted wrongly
@@ -88,7 +88,7 @@ def blurred(image, radii=(0, 0.7, 1.2)):
 def test_objects_keep_clear_of_writing_and_the_judge_sees_the_same_with_it(family):
     rng, (_, requests) = np.random.default_rng(2), make_tiny_sd.exam(family, 20)
     for i, request in enumerate(requests):
-        scene, digit = shapes.layout(request, rng, 1), i % 4 + 1
+        scene, digit = web.layout(request, rng, 1), i % 4 + 1
         bare, written = shapes.draw(scene), shapes.draw(scene, writing=digit)
         near = np.array(shapes.draw([], writing=digit).filter(ImageFilter.MinFilter(3))) < 240
         near[shapes.CORNER:, shapes.CORNER:] = True
