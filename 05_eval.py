@@ -169,8 +169,8 @@ def command_of(method, config):
     else:
         words += ["--learning-rate", str(learning_rate)]
         words += ["--updates-per-round", str(updates)]
-    words += flags.words_of(config, SHARED)
-    words += flags.changed_words(config, rewards.RewardFlags)
+    words += commands.words_of(config, SHARED)
+    words += commands.changed_words(config, rewards.RewardFlags)
     kept = max(1, config.rounds // 4)  # weights for experiments/early_stopping.py
     return [*words, "--keep-every", str(kept), "--eval-samples", "40"]
 
