@@ -216,7 +216,7 @@ def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
 
 @dataclass
 class Trajectory:
-    """B chains; of step k = 0 … T−1  s_k = (c, timesteps[k], latents[:, k]),  a_k = latents[:, k+1].
+    """B chains; of step k = 0 … T−1: s_k = (c, timesteps[k], latents[:, k]), a_k = latents[:, k+1].
 
     Where torchrun shares pictures out, rows of other processes' pictures are 0 or None.
     """

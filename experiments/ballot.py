@@ -78,8 +78,8 @@ def as_uri(picture):
 def draw(folder, prompts, config):
     """A run's pictures, drawn as it was trained, on the noise that comparisons share."""
     pipe, _ = models.load_run(folder, config.device, config.dtype)
-    settings = SimpleNamespace(**models.read_config(folder) | {"batch_size": config.batch_size})
-    return mdp.rollout(pipe, prompts, settings, noise=(config.seed, "compare", 0)).images
+    settings = models.read_config(folder) | {"batch_size": config.batch_size, "seed": config.seed}
+    return mdp.rollout(pipe, prompts, SimpleNamespace(**settings), "compare").images
 
 
 def write(config):

@@ -223,8 +223,9 @@ def run(main):
         # torch has a RuntimeError of its own for each device; all say what they could not allocate.
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         message, code = (f"out of memory; try a smaller --batch-size or --train-batch-size, or "
-                         f"fewer pictures ({str(error).splitlines()[0]})"), 2
+                         f"fewer pictures ({reason})"), 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
     if unfinished:

@@ -1,7 +1,8 @@
 """A run is a folder: config.json, metrics.csv (a line for each round), pictures.csv (a line for
-each picture that was drawn for training), film/, figures, evaluation.json, and the tuned weights;
-rounds/NNN/ has those after NNN rounds where --keep-every asks for them. Until it is finished it has
-checkpoint.pt too, from which --resume goes on as if nothing had happened.
+each picture that was drawn for training), fresh.csv (a line for each look at fresh noise), film/,
+figures, evaluation.json, and the tuned weights; rounds/NNN/ has those after NNN rounds where
+--keep-every asks for them. Until it is finished it has checkpoint.pt too, from which --resume goes
+on as if nothing had happened.
 """
 import csv
 import io
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from support import figures, flags, models, training
 
-FRAMES = 4  # of the film, before its last: at none, a quarter, a half, ... of the rounds
+FRAMES = 4  # looks before the last one: after none, a quarter, a half, ... of the rounds
 NOTED = ("kl_old", "clip_fraction")  # what updates may note of their (picture, step) pairs
 CHECKPOINT = "checkpoint.pt"
 
@@ -47,6 +48,7 @@ class Run:
         # The sum and the number of a round's values: there even where a process has no pair.
         self.notes = {name: torch.zeros(2, dtype=torch.float64) for name in NOTED}
         self.started = self.round_started = time.perf_counter()
+        self.before = self.see()  # what goes wrong at once leaves no folder behind
         if config.resume:
             self.folder = Path(config.resume)
         else:
@@ -54,13 +56,12 @@ class Run:
             write_json(self.folder / "config.json", self.settings)
 
     def rounds(self, pipe, *others):
-        """0, 1, ..., with a progress bar, and a look at fresh noise before the first, after a
-        quarter, a half, three quarters and all of them, which is in no round's seconds.
+        """0, 1, ..., with a progress bar; now and then a look at fresh noise, which counts in none.
 
         pipe, others: all that changes from round to round: a dict, or what has a state_dict. It is
         in a checkpoint after each, and --resume restores it and goes on with the next round.
         """
-        self.before = self.add_look(0)
+        self.add_look(0, self.before)
         done = self.restore(pipe, others) if self.config.resume else 0
         if training.is_first():
             flags.unfinished = self.folder
@@ -68,25 +69,28 @@ class Run:
         self.bar = tqdm(range(done, N), "training", unit="round", initial=done, total=N)
         for n in self.bar:
             if n and n in [k * N // FRAMES for k in range(1, FRAMES)]:
-                self.add_look(n)
+                self.add_look(n, self.see())
             self.round_started = time.perf_counter()
             yield n
             if self.config.keep_every and (n + 1) % self.config.keep_every == 0:
                 self.save_weights(pipe, self.folder / "rounds" / f"{n + 1:03d}")
             self.write_checkpoint(n + 1, pipe, others)
-        self.after = self.add_look(N)
+        self.after = self.see()
+        self.add_look(N, self.after)
 
-    def add_look(self, n):
-        """What the model draws on fresh noise after n rounds: a line in fresh.csv, a film frame."""
+    def see(self):
+        """What look() gives now, with the pictures of all processes."""
         seen = self.look()
-        seen["images"] = training.all_images(seen["images"])
+        return seen | {"images": training.all_images(seen["images"])}
+
+    def add_look(self, n, seen):
+        """What was seen on fresh noise after n rounds: a line in fresh.csv, a frame of the film."""
         row = {"queries": n * self.pictures_per_round}
         for name in self.titles:
             row[name], row[name + "_se"] = training.mean_se(seen[name])
         self.fresh[n] = row
         write_rows(self.folder / "fresh.csv", list(self.fresh.values()))
         self.add_to_film(seen["prompts"], seen["images"], row["queries"])
-        return seen
 
     @training.only_first
     def add_to_film(self, prompts, images, queries):

@@ -19,9 +19,9 @@ TRAIN, EVALUATE, PROMPTS, MINIBATCHES, TIMESTEPS, ADAPTERS, VALUE, VALUE_BATCHES
 
 
 def train(config, method, prompts, reward, gold=None):
-    """-> {"start": name -> tensor, "rounds": a dict a round with "weights", "looks": queries -> dict}
+    """-> {"start": weights, "rounds": [a line of metrics.csv and "weights"], "looks": ...}
 
-    method: sf, is or dpok. A round has what its line in metrics.csv has, a look what fresh.csv has.
+    method: sf, is or dpok. looks: queries -> pictures of fresh noise, and what they score.
     """
     pipe = models.load_pipeline(config.model, "cpu")
     names = set_up_weights(pipe, config)

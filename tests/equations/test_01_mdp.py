@@ -140,6 +140,7 @@ def test_zero_terminal_snr_works_for_v():
         assert torch.isfinite(mdp.noise_weight(scheduler, 999)).all()
 
 
+@pytest.mark.equation("σ_t > 0", "support.models.set_timesteps")
 @pytest.mark.parametrize("num_steps, settings", (
     (10, dict(steps_offset=0)), (10, dict(set_alpha_to_one=True)), (1000, dict()),
     (10, dict(timestep_spacing="linspace")), (1000, dict(timestep_spacing="trailing")),

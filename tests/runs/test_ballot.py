@@ -4,8 +4,9 @@ import io
 import json
 import random
 import re
+from dataclasses import asdict
 from importlib import import_module
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ except ImportError:
     pass  # the fixture chromium skips the test that needs them
 
 ballot = import_module("experiments.ballot")
-mdp = import_module("01_mdp")
+ddpo = import_module("03_ddpo")
 LEFT = ["tuned", "plain", "plain", "tuned"]
 KEY = {"ballot": "id", "models": ["tuned", "plain"], "pairs": [{"left": left} for left in LEFT]}
 
@@ -93,21 +94,20 @@ def test_votes_are_counted_once_each_and_only_on_their_ballot(tmp_path):
         ballot.main(["--out", str(tmp_path), "--votes", str(tmp_path / "votes.md")])
 
 
-def test_both_models_draw_on_equal_noise_and_a_ballot_is_not_overwritten(tmp_path, monkeypatch):
-    drawn = {}
-
-    def rollout(pipe, prompts, config, noise):
-        drawn[pipe] = (prompts, config.num_steps, noise)
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(prompts))
-
-    monkeypatch.setattr(mdp, "rollout", rollout)
-    monkeypatch.setattr(ballot.models, "load_run", lambda folder, *rest: (folder, None))
-    monkeypatch.setattr(ballot.models, "read_config", lambda folder: {"num_steps": 7})
-    words = ["A", "B", "--prompts", "tasks", "--seed", "3", "--out", str(tmp_path / "new")]
-    ballot.main(words)
-    assert drawn["A"] == drawn["B"] and drawn["A"][1:] == (7, (3, "compare", 0))
-    with pytest.raises(ValueError, match="ballot_key.json"):
-        ballot.main(words)
+def test_both_runs_draw_as_they_were_trained_on_equal_noise(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ballot.models, "load_run", lambda folder, *rest: (pipe, None))
+    for name in "AB":
+        config = asdict(ddpo.Config(num_steps=2, guidance_scale=2.0))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"method": "ddpo_is"}))
+    monkeypatch.chdir(tmp_path)
+    ballot.main(["A", "B", "--prompts", "tasks", "--pairs", "2", "--out", "new"])
+    page = Path("new/ballot.html").read_text(encoding="utf-8")
+    pairs = json.loads(re.search(r"const BALLOT = (.*);\n", page)[1])["pairs"]
+    assert len(pairs) == 10 and all(pair["left"] == pair["right"] for pair in pairs)  # one model
+    assert len({pair["left"] for pair in pairs}) == 10  # but each pair has noise of its own
+    with pytest.raises(ValueError, match="ballot_key.json"):  # votes may be under way
+        ballot.main(["A", "B", "--out", "new"])
 
 
 def test_a_rater_clicks_through_the_page_and_is_counted(chromium, tmp_path):

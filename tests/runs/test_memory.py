@@ -121,7 +121,7 @@ def counted_and_measured(words, folder):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's account of memory")
 @pytest.mark.parametrize("words", [
-    LEARN + "256", LEARN + "256 --lora-rank 4", LEARN + "512 --checkpointing",
+    LEARN + "256", LEARN + "512 --checkpointing --lora-rank 4",
     "2 --train-batch-size 8 --batch-size 512 --eval-samples 512"])
 def test_a_process_takes_as_much_more_memory_as_was_counted(words, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()

@@ -1,25 +1,42 @@
 """Loading, prompts, adapters, the reference model, saving."""
+import copy
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import constants
 
 from support import models, training
+from support import reward_models as nets
 
 
 def settings(**values):
-    usual = {"lora_rank": 0, "seed": 0, "lora_targets": models.ATTENTION,
-             "checkpointing": False}
+    usual = {"lora_rank": 0, "seed": 0, "lora_targets": models.ATTENTION, "checkpointing": False}
     return SimpleNamespace(**usual | values)
 
 
 @pytest.fixture
-def pipe():
+def own(pipe):
     """A model of one's own, which may be changed."""
-    return models.load_pipeline("tiny_sd", "cpu")
+    return copy.deepcopy(pipe)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny model's folder, which may be changed."""
+    skip = shutil.ignore_patterns("clip", "vlm", "image_reward", "*.py", "aesthetic*")
+    return shutil.copytree(models.HERE / "tiny_sd", tmp_path / "model", ignore=skip)
+
+
+def edit(file, **new):
+    """Changes a JSON file; None takes a key out."""
+    content = json.loads(file.read_text()) | new
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def run_unet(pipe):
@@ -39,41 +56,132 @@ def train_a_little(pipe, params):
         optimizer.zero_grad()
 
 
-def test_only_the_unet_can_learn(pipe):
-    for frozen in (pipe.vae, pipe.text_encoder):
+# ---- loading --------------------------------------------------------------------------------
+
+
+def test_only_the_unet_can_learn(own):
+    for frozen in (own.vae, own.text_encoder):
         assert not any(p.requires_grad for p in frozen.parameters())
-    assert not (pipe.unet.training or pipe.vae.training or pipe.text_encoder.training)
-    params = models.trainable(pipe, settings())  # rank 0: all of it
-    assert {id(p) for p in params} == {id(p) for p in pipe.unet.parameters()}
+    assert not (own.unet.training or own.vae.training or own.text_encoder.training)
+    params = models.trainable(own, settings())  # rank 0: all of it
+    assert {id(p) for p in params} == {id(p) for p in own.unet.parameters()}
 
 
-def test_a_model_that_is_not_there_is_named_in_one_line(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("no_such_model", "tiny_sd/vae"):
-        with pytest.raises(ValueError, match=f"--model {name}") as error:
-            models.load_pipeline(name, "cpu")
-        assert "\n" not in str(error.value)
+def test_what_is_trained_is_float32_and_the_rest_as_asked(own):
+    own.to(torch.bfloat16)
+    params = models.trainable(own, settings(lora_rank=2))
+    assert {p.dtype for p in params} == {torch.float32}
+    assert own.unet.conv_in.weight.dtype == own.vae.dtype == torch.bfloat16
+    assert {p.dtype for p in models.trainable(own, settings())} == {torch.float32}
 
 
-def test_settings_left_out_of_the_schedulers_file_stay_those_of_latent_diffusion(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(models.HERE / "tiny_sd", folder)
+def test_settings_left_out_of_the_schedulers_file_stay_those_of_latent_diffusion(folder):
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(
         {"_class_name": "PNDMScheduler", "beta_start": 0.001, "prediction_type": "v_prediction"}))
-    index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "PNDMScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    edit(folder / "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
     config = models.load_pipeline(folder, "cpu").scheduler.config
     assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
     assert (config.beta_start, config.prediction_type) == (0.001, "v_prediction")
 
 
+def half_precision_alone(folder):
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+
+
+def no_maximal_length(folder):
+    edit(folder / "tokenizer/tokenizer_config.json", model_max_length=None)
+
+
+def no_feature_extractor(folder):
+    edit(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+
+
+@pytest.mark.parametrize("change", (half_precision_alone, no_maximal_length, no_feature_extractor))
+def test_folders_as_they_are_found_load_as_the_same_model(change, folder, pipe):
+    change(folder)
+    assert torch.equal(predict(models.load_pipeline(folder, "cpu")), predict(pipe))
+
+
+def flow_matching(folder):
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+
+
+def pickled(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+
+
+def one_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
+@pytest.mark.parametrize("change, named", (
+    (flow_matching, "flow matching"), (pickled, "safetensors"), (one_file, "diffusers' format")))
+def test_what_is_no_such_model_is_named_in_one_line(change, named, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    change(folder)
+    with pytest.raises(ValueError, match=f"--model .*model: .*{named}") as error:
+        models.load_pipeline(str(folder), "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("unet, scheduler, named", (
+    (dict(addition_embed_type="text_time"), {}, "addition_embed_type"),
+    (dict(class_embed_type="timestep"), {}, "class_embed_type"),
+    (dict(in_channels=9), {}, "from 9 to 4 channels"),
+    (dict(out_channels=8), {}, "from 4 to 8 channels"),
+    ({}, dict(prediction_type="flow"), "prediction_type"),
+    ({}, dict(thresholding=True), "thresholding"), ({}, dict(clip_sample=True), "clip_sample"),
+    ({}, dict(timestep_spacing="linspace"), "linspace"),
+    ({}, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr")))
+def test_a_model_for_which_the_equations_do_not_hold_is_refused(unet, scheduler, named, pipe):
+    models.check_pipeline(pipe)
+    config = type(pipe.unet.config)(dict(pipe.unet.config) | unet)
+    other = SimpleNamespace(unet=SimpleNamespace(config=config), vae=pipe.vae,
+                            scheduler=DDIMScheduler.from_config(pipe.scheduler.config, **scheduler))
+    with pytest.raises(ValueError, match=named):
+        models.check_pipeline(other)
+
+
+@pytest.mark.parametrize("load", [
+    lambda: models.load_pipeline("nobody/nothing", "cpu"), lambda: nets.load_clip("nobody/nothing"),
+    lambda: nets.read_weights("nobody/nothing/file.pt", "--flag", "a file"),
+    lambda: nets.load_vlm("nobody/nothing", "cpu"),
+    lambda: nets.TokenEncoder("nobody/nothing", None, "cpu")])
+def test_without_a_hub_an_unknown_name_fails_at_once_and_says_why(load, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for proxy in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    models.hub_answers.cache_clear()
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="^--.* nobody/nothing.* does not answer") as error:
+        load()
+    models.hub_answers.cache_clear()
+    assert time.perf_counter() - started < 5 and "\n" not in str(error.value)
+
+
+def test_a_folder_here_comes_before_one_beside_the_scripts(tmp_path, monkeypatch):
+    (tmp_path / "tiny_sd").mkdir()
+    (tmp_path / "tiny_sd/model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    found = models.find_folder("tiny_sd", "model_index.json")
+    assert found.resolve() == (tmp_path / "tiny_sd").resolve()
+
+
+# ---- prompts and pictures -------------------------------------------------------------------
+
+
 def test_latent_prompt_and_picture_are_as_diffusers_has_them(pipe):
     wide = SimpleNamespace(sample_size=(6, 10), in_channels=3)
     assert models.latent_shape(SimpleNamespace(unet=SimpleNamespace(config=wide))) == (3, 6, 10)
-    c = models.encode_prompts(pipe, ["two blue squares", ""])
+    c = models.encode_prompts(pipe, ["two blue squares", "", "two blue squares"])
     ids = pipe.tokenizer(["two blue squares", ""], padding="max_length", return_tensors="pt")
-    torch.testing.assert_close(c, pipe.text_encoder(ids.input_ids)[0], rtol=0, atol=1e-6)
+    expected = pipe.text_encoder(ids.input_ids)[0][[0, 1, 0]]
+    torch.testing.assert_close(c, expected, rtol=0, atol=1e-6)
     x_0 = training.gaussian((19, 4, 8, 8), 0, "train")  # 16 and 3 at a time
     images = models.decode(pipe, x_0)
     with torch.no_grad():
@@ -92,26 +200,29 @@ def test_prompts_that_the_model_does_not_know_are_refused(prompt, named, pipe):
     assert named in str(error.value)
 
 
+# ---- adapters and the reference -------------------------------------------------------------
+
+
 @pytest.mark.parametrize("targets", [models.ATTENTION, ("to_q", "conv1")])
-def test_lora_trains_adapters_only_and_starts_at_the_pretrained_model(targets, pipe):
-    pretrained = predict(pipe)
-    layers = {name for name, _ in pipe.unet.named_modules() if name.endswith(targets)}
-    params = models.trainable(pipe, settings(lora_rank=3, lora_targets=targets))
-    trained = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
+def test_lora_trains_adapters_only_and_starts_at_the_pretrained_model(targets, own):
+    pretrained = predict(own)
+    layers = {name for name, _ in own.unet.named_modules() if name.endswith(targets)}
+    params = models.trainable(own, settings(lora_rank=3, lora_targets=targets))
+    trained = {name: p for name, p in own.unet.named_parameters() if p.requires_grad}
     assert {id(p) for p in params} == {id(p) for p in trained.values()}
     assert set(trained) == {f"{layer}.lora_{AB}.default.weight" for layer in layers for AB in "AB"}
     for layer in layers:
-        module = pipe.unet.get_submodule(layer)
+        module = own.unet.get_submodule(layer)
         assert module.scaling == {"default": 1} and module.r == {"default": 3}
-    assert torch.equal(predict(pipe), pretrained)
+    assert torch.equal(predict(own), pretrained)
 
 
-def test_first_weights_of_adapters_are_a_function_of_the_seed():
+def test_first_weights_of_adapters_are_a_function_of_the_seed(pipe):
     weights = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(weights))
-        state, pipe = torch.get_rng_state(), models.load_pipeline("tiny_sd", "cpu")
-        params = models.trainable(pipe, settings(lora_rank=2, seed=seed))
+        state = torch.get_rng_state()
+        params = models.trainable(copy.deepcopy(pipe), settings(lora_rank=2, seed=seed))
         assert torch.equal(state, torch.get_rng_state())
         weights.append(torch.cat([p.flatten() for p in params]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -119,54 +230,32 @@ def test_first_weights_of_adapters_are_a_function_of_the_seed():
 
 @pytest.mark.equation("p_pre", "support.models.make_reference")
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_reference_is_the_pretrained_model_bit_for_bit(rank, pipe):
-    pretrained = predict(pipe)
-    params = models.trainable(pipe, settings(lora_rank=rank))
-    reference = models.make_reference(pipe)
-    train_a_little(pipe, params)
-    tuned = predict(pipe)
-    with reference():
-        assert torch.equal(predict(pipe), pretrained)
-    assert torch.equal(predict(pipe), tuned) and not torch.equal(tuned, pretrained)
-    with pytest.raises(ZeroDivisionError):
-        with reference():
-            1 // 0
-    assert torch.equal(predict(pipe), tuned)
-    assert sum(p.requires_grad for p in pipe.unet.parameters()) == len(params)
+def test_the_reference_is_the_pretrained_model_bit_for_bit(rank, own):
+    pretrained = predict(own)
+    params = models.trainable(own, settings(lora_rank=rank))
+    reference = models.make_reference(own)
+    train_a_little(own, params)
+    tuned = predict(own)
+    with pytest.raises(ZeroDivisionError), reference():
+        assert torch.equal(predict(own), pretrained)
+        1 // 0
+    assert torch.equal(predict(own), tuned) and not torch.equal(tuned, pretrained)
+    assert sum(p.requires_grad for p in own.unet.parameters()) == len(params)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_of_a_run_that_went_on_from_another_is_what_that_one_ended_with(
-        rank, pipe, tmp_path):
+        rank, tmp_path):
     folders = [tmp_path / name for name in ("first", "second")]
     for folder, start in zip(folders, ("tiny_sd", str(folders[0]))):
         folder.mkdir()
         pipe = models.load_pipeline(start, "cpu")
         begun = predict(pipe)
         train_a_little(pipe, models.trainable(pipe, settings(lora_rank=rank)))
-        (folder / "config.json").write_text(json.dumps({"model": start}))
+        (folder / "config.json").write_text(json.dumps({"model": start, "method": "m"}))
         models.save_trained(pipe, folder)
         (folder / "evaluation.json").write_text("{}")
     loaded, reference = models.load_run(folders[1], "cpu")
     torch.testing.assert_close(predict(loaded), predict(pipe), rtol=0, atol=1e-4)
     with reference():
         torch.testing.assert_close(predict(loaded), begun, rtol=0, atol=1e-4)
-    double = models.load_pipeline(str(folders[1]), "cpu", "float64")
-    assert double.unet.dtype == torch.float64
-
-
-def test_a_folder_here_comes_before_one_beside_the_scripts(tmp_path, monkeypatch):
-    (tmp_path / "tiny_sd").mkdir()
-    (tmp_path / "tiny_sd/model_index.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    found = models.find_folder("tiny_sd", "model_index.json")
-    assert found.resolve() == (tmp_path / "tiny_sd").resolve()
-
-
-def test_the_value_network_tells_times_states_and_prompts_apart():
-    torch.manual_seed(0)
-    net = models.ValueNet(4, 6)
-    x, c, t = torch.randn(2, 4, 8, 8), torch.randn(2, 6), torch.tensor([1, 901])
-    values = [net(x[:1], c[:1], t[:1]), net(x[1:], c[:1], t[:1]), net(x[:1], c[1:], t[:1]),
-              net(x[:1], c[:1], t[1:])]
-    assert len({round(value.item(), 5) for value in values}) == 4

@@ -62,7 +62,8 @@ def test_two_processes_make_the_updates_of_one(script, tmp_path):
             started.append(processes.start(partial(main, script, words, tmp_path / name),
                                            tmp_path / f"{name}.log", environment=environment))
         for rank, process in enumerate(started):
-            process.join()
+            process.join(timeout=200)
+            process.kill()  # where it waits for one that has failed
             printed = (tmp_path / f"{rank}_of_{N}.log").read_text(encoding="utf-8")
             assert process.exitcode == 0, printed
             assert printed.count("reward queries") == (rank == 0)  # the first alone prints

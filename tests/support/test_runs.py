@@ -1,4 +1,4 @@
-"""A run's folder: its name, what is logged and kept, and that it survives the end of its process."""
+"""A run's folder: its name, what is logged and kept, and that it survives its process's end."""
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -90,7 +90,7 @@ def train(config, Run=PlainRun):
     ({"name": None, "prompts": "a star " * 50}, ("dpok_compressibility_" + "a_star_" * 50)[:100])])
 def test_a_folder_says_what_is_run_and_none_is_overwritten(values, name, tmp_path):
     config = replace(Config(str(tmp_path / "runs")), **values)
-    found = [runs.Run(config, "dpok", None).folder for _ in range(3)]
+    found = [runs.Run(config, "dpok", lambda: {"images": []}).folder for _ in range(3)]
     assert found == [tmp_path / "runs" / (name + end) for end in ("", "-2", "-3")]
     saved = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))
     assert saved["method"] == "dpok" and saved["rounds"] == 4 and saved["out"] == config.out
@@ -153,7 +153,8 @@ def test_a_figure_that_cannot_be_drawn_costs_no_weights(tmp_path, monkeypatch, c
     assert "warning: not all figures could be drawn: division by zero" in capsys.readouterr().out
     assert runs.is_finished(run.folder) and (run.folder / "model/weights").is_file()
     assert drawn["before_after.png"] == (run.before, run.after)
-    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), {"reward": "compressibility"})
+    titles = {"reward": "compressibility"}
+    assert drawn["reward.png"] == (run.rows, list(run.fresh.values()), titles)
 
 
 def test_killed_before_any_change_of_a_file_a_run_ends_with_the_same_bits(tmp_path):
