@@ -163,7 +163,7 @@ class VlmAlignment:
     """r = bertscore_recall(reference "The image contains {prompt}", candidate: the answer).
 
     tiny_sd's text encoder, which stands in for BERT, knows only a prompt's words: so its reference
-    is the prompt. LLaVA's twin learned what captions say, be it drawn or written (shapes.py).
+    is the prompt. LLaVA's twin learned what captions say, be it drawn or written (web.py).
     """
 
     def __init__(self, config, device):

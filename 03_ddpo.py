@@ -44,7 +44,7 @@ rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 
 
 @dataclass(frozen=True)
-class PolicyGradient(rewards.RewardFlags, flags.TrainFlags):
+class PolicyGradient(rewards.RewardFlags, runs.TrainFlags):
     """What this chapter and the next have in common."""
     clip_range: float = 0.2  # ε of PPO's clip
     ratio: Literal["exact", "per_dim"] = "exact"  # exp(Δ log p), or exp(Δ log p / D)
@@ -306,7 +306,7 @@ def train(config):
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv, SD)
+    config = runs.parse(Config, __doc__, argv, SD)
     if config.estimator == "sf":
         run, summary = reinforce(config)
     else:

@@ -169,7 +169,8 @@ class Value(nn.Module):
         if not self.config.value:
             return
         B, T = trajectory.log_probs.shape
-        x_t = trajectory.latents[:, :-1].clone()
+        x_t = trajectory.latents[:, :-1]
+        x_t = x_t.clone()
         training.total(x_t)  # each process fits the same V, on all pictures
         c = trajectory.prompt_embeds
         r = r.to(x_t)
@@ -296,7 +297,7 @@ def train(config, Baseline=Value):
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv, SD)
+    config = runs.parse(Config, __doc__, argv, SD)
     run, summary = train(config)
     runs.report(run, summary)
     print("\nKL_t in nats, at each step t:")

@@ -1,28 +1,11 @@
-"""Cutting functions out of source text, and putting others into their place.
-
-All of it works on text by line numbers from Python's own parser, so that comments and layout of
-everything else stay as they are.
-"""
+"""Cutting functions out of source text: comments and layout of everything else stay."""
 import ast
-import os
 import re
 import textwrap
-from threading import Lock
-
-READING = Lock()
-if hasattr(os, "register_at_fork"):  # a process that is copied meanwhile must find it free
-    os.register_at_fork(before=READING.acquire, after_in_parent=READING.release,
-                        after_in_child=READING.release)
-
-
-def parse(text):
-    """ast.parse for more than one thread: Python 3.11's fails when two are in it at once."""
-    with READING:
-        return ast.parse(text)
 
 
 def find(tree, name):
-    """The node of a function, "accumulate" or "Value.fit", in a module's tree; or None."""
+    """The node of a function, "step_pairs" or "Value.fit", in a module's tree; or None."""
     for word in name.split("."):
         named = [node for node in tree.body if getattr(node, "name", None) == word]
         tree = named[-1] if named else None  # the last of two is the one that Python uses
@@ -31,41 +14,32 @@ def find(tree, name):
     return tree
 
 
-def head_of(node):
-    """How many of a function's first statements are its docstring and asserts of shapes."""
-    count = 1 if ast.get_docstring(node, clean=False) is not None else 0
-    while count < len(node.body) and isinstance(node.body[count], ast.Assert):
-        count += 1
-    return count
-
-
 def answer_of(node):
     """The statements that a student has to write: what follows docstring and asserts."""
-    return node.body[head_of(node):]
+    head = 1 if ast.get_docstring(node, clean=False) is not None else 0
+    while head < len(node.body) and isinstance(node.body[head], ast.Assert):
+        head += 1
+    return node.body[head:]
 
 
 def blank(source, exercises):
     """Source in which the answers of these exercises are one line each, that raises."""
-    lines, tree = source.split("\n"), parse(source)
+    lines, tree = source.split("\n"), ast.parse(source)
     nodes = [(find(tree, exercise.name), exercise) for exercise in exercises]
     for node, exercise in sorted(nodes, key=lambda pair: -pair[0].lineno):  # from the end
         answer = answer_of(node)
         first, last = answer[0].lineno, node.end_lineno
         while lines[first - 2].lstrip().startswith("#"):  # comments say how it is done
             first -= 1
-        count = len(code_lines(lines[first - 1:last]))
-        task = (f"Exercise {exercise.number}: {exercise.title}, "
-                f"about {count} line{'s' * (count > 1)}")
+        code = [line for line in lines[first - 1:last] if re.match(r"\s*[^\s#]", line)]
+        count = "one line" if len(code) == 1 else f"{len(code)} lines"
+        task = f"Exercise {exercise.number}: {exercise.title}, about {count}"
         indent = " " * answer[0].col_offset
         demands = textwrap.wrap(exercise.demand, 98, initial_indent=f"{indent}# ",
                                 subsequent_indent=f"{indent}# ")
         raised = f'raise NotImplementedError("{task}")'
         lines[first - 1:last] = [*demands, indent + raised]
     return "\n".join(lines)
-
-
-def code_lines(lines):
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def function_text(source, name):
@@ -75,7 +49,7 @@ def function_text(source, name):
     the first line that is not indented further than its `def`.
     """
     try:
-        node = find(parse(source), name)
+        node = find(ast.parse(source), name)
         if node is None:
             return None
         lines = source.split("\n")[node.lineno - 1:node.end_lineno]
@@ -84,33 +58,36 @@ def function_text(source, name):
         if lines is None:
             return None
     indent = len(lines[0]) - len(lines[0].lstrip())  # a comment may stand further out
-    return "\n".join(line[min(indent, len(line) - len(line.lstrip())):] for line in lines) + "\n"
+    return "\n".join(line[min(indent, len(line) - len(line.lstrip())):]
+                     for line in lines).rstrip() + "\n"
 
 
 def lines_by_indentation(lines, name):
-    start, indent = 0, -1
-    for word in name.split("."):  # a method's `def` stands further in than its class
-        pattern = re.compile(rf"([ \t]*)(def|class) {word}\b")
-        for start in range(start, len(lines)):
-            match = pattern.match(lines[start])
-            if match and len(match[1]) > indent:
-                indent = len(match[1])
-                break
-        else:
-            return None
-    end = start + 1
-    while end < len(lines) and (not lines[end].strip() or lines[end].lstrip().startswith(")")
-                                or len(lines[end]) - len(lines[end].lstrip()) > indent):
+    head = re.compile(rf"([ \t]*)def {name.rpartition('.')[2]}\b")
+    starts = [n for n, line in enumerate(lines) if head.match(line)]
+    if not starts:
+        return None
+    indent = len(head.match(lines[starts[-1]])[1])
+    inside = re.compile(rf"[ \t]{{{indent + 1}}}|\s*([)#].*)?$")  # or blank, or a comment
+    end = starts[-1] + 1
+    while end < len(lines) and inside.match(lines[end]):
         end += 1
-    while not lines[end - 1].strip():
-        end -= 1
-    return lines[start:end]
+    return lines[starts[-1]:end]
+
+
+def replaced(source, name, text):
+    """Source with another text of this function in its place."""
+    node = find(ast.parse(source), name)
+    lines = source.split("\n")
+    new = textwrap.indent(text, " " * node.col_offset)
+    lines[node.lineno - 1:node.end_lineno] = new.splitlines()
+    return "\n".join(lines)
 
 
 def is_blank(text):
     """Whether a function's text still has nothing but the line that make.py left."""
     try:
-        answer = answer_of(parse(text).body[0])
+        answer = answer_of(ast.parse(text).body[0])
     except SyntaxError:
         return False
     return (len(answer) == 1 and isinstance(answer[0], ast.Raise)

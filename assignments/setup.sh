@@ -5,3 +5,4 @@ apt-get update && apt-get install -y python3 python3-pip python3-venv
 python3 -m venv /opt/grader
 /opt/grader/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
 /opt/grader/bin/pip install -r /autograder/source/requirements.txt
+cd /autograder/source && /opt/grader/bin/python assignments/mutants.py  # how known mistakes fail

@@ -67,7 +67,7 @@ class Config(rewards.RewardFlags):
 
 SAME = ["model", "reward", "prompts", "num_steps", "eta", "guidance_scale"]
 SAME += [field.name for field in fields(rewards.RewardFlags)  # of pictures and of all runs
-         if field.name not in flags.NO_MATTER]
+         if field.name not in runs.NO_MATTER]
 MEANS = ("reward", "reward_se", "gold", "gold_se")
 POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
 
@@ -147,7 +147,7 @@ def check(config):
     wanted = {name: getattr(config, name) for name in SAME}
     for folder in folders.values():
         saved = models.read_config(folder)
-        flags.check_settings(f"--runs {folder}", saved, wanted, "its place is under another curve")
+        runs.check_settings(f"--runs {folder}", saved, wanted, "its place is under another curve")
     if Path(config.out, "pictures.csv").is_file():
         wanted |= {"gold": config.gold, "seed": config.seed}
         commands.check_settings(Path(config.out), wanted)

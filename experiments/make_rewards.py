@@ -12,7 +12,7 @@ Each is trained the way its model was, in the shape world instead of the web:
                                            questions about a picture, answered by its caption
     measure                                all of them on fresh pictures
 
-A caption may be wrong, but a digit in the picture always says what the caption says (shapes.py).
+A caption may be wrong, but a digit in the picture always says what the caption says (web.py).
 So the vision-language model learns to believe what is written more than what it counts. Its image
 encoder learns from exact labels, where LLaVA's comes from CLIP: the twin of CLIP sees too little.
 
@@ -48,7 +48,7 @@ from experiments import make_tiny_sd  # noqa: E402
 from experiments.make_tiny_sd import draws, images_of, note, optimize, pixels_of  # noqa: E402
 from support import flags, models  # noqa: E402
 from support import reward_models as nets  # noqa: E402
-from tiny_sd import judge, shapes  # noqa: E402
+from tiny_sd import judge, shapes, web  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # alignment, the questions
@@ -194,13 +194,13 @@ def draw_scenes(n, seed, writing=False):
     requests = [shapes.parse(family[rng.integers(len(family))]) for family in families]
     digits = rng.integers(5, size=n) * rng.integers(2, size=n) * writing
     digits = [int(digit) or None for digit in digits]
-    scenes = [shapes.layout(request, rng, digit) for request, digit in zip(requests, digits)]
+    scenes = [web.layout(request, rng, digit) for request, digit in zip(requests, digits)]
     return requests, scenes, draw(scenes, rng, digits), digits
 
 
 def draw(scenes, rng, digits):
     """Scenes as pictures (n,3,H,W) uint8."""
-    return pixels_of([shapes.draw(scene, shapes.random_background(rng), digit)
+    return pixels_of([shapes.draw(scene, web.random_background(rng), digit)
                       for scene, digit in zip(scenes, digits)])
 
 
@@ -208,7 +208,7 @@ def drawn_pairs(n, seed):
     """n prompts, each with a picture as asked and one with an attribute wrong: (n,2,3,H,W)."""
     rng = draws(seed, "wrong pictures")
     requests, _, right, digits = draw_scenes(2 * n, seed)
-    wrong = [shapes.layout(shapes.wrong_request(request, rng), rng) for request in requests]
+    wrong = [web.layout(web.wrong_request(request, rng), rng) for request in requests]
     # "A red star and a blue star": when the colors swap, nothing is wrong.
     keep = [i for i in range(2 * n) if judge.score(wrong[i], requests[i]) < 1][:n]
     prompts = [shapes.caption(requests[i]) for i in keep]
@@ -292,7 +292,7 @@ def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=
     """
     def loss_of(i, stream):
         own = [requests[k] for k in i.tolist()]
-        other = own[1:batch // 5 + 1] + [shapes.wrong_request(r, stream) for r in own[batch // 5:]]
+        other = own[1:batch // 5 + 1] + [web.wrong_request(r, stream) for r in own[batch // 5:]]
         match = [judge.score(scenes[k], r) == 1 for k, r in zip(i.tolist() * 2, own + other)]
         prompts = [shapes.caption(r) for r in own + other]
         logits = answer(model, tokenizer, seen[i].repeat(2, 1, 1), prompts)
@@ -445,7 +445,7 @@ def vlm_exam(ask, n, seed, vae=None):
         digits = [int(rng.choice([k for k in shapes.DIGITS if k != group.count]))
                   for group in groups]
         writing = digits if where == "a wrong digit" else [None] * n
-        scenes = [shapes.layout((group,), rng, digit) for group, digit in zip(groups, writing)]
+        scenes = [web.layout((group,), rng, digit) for group, digit in zip(groups, writing)]
         images = images_of(draw(scenes, rng, writing))
         images = make_tiny_sd.through_vae(vae, images) if vae else images
         answers, descriptions = ask(images, questions), ask(images, [rewards.QUESTION] * n)

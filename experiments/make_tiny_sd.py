@@ -40,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support import flags, models, training  # noqa: E402
-from tiny_sd import judge, shapes  # noqa: E402
+from tiny_sd import judge, shapes, web  # noqa: E402
 
 mdp = import_module("01_mdp")  # forward_process, denoising_loss
 
@@ -131,7 +131,7 @@ def draws(seed, stage, step=0):
 def draw_pairs(n, seed, noise=1.0):
     """n pictures (n,3,H,W) uint8 and their captions."""
     rng = np.random.default_rng(seed)
-    pairs = [shapes.sample_pair(rng, noise) for _ in trange(n, desc="drawing")]
+    pairs = [web.sample_pair(rng, noise) for _ in trange(n, desc="drawing")]
     return pixels_of([picture for picture, _ in pairs]), [caption for _, caption in pairs]
 
 
@@ -339,8 +339,8 @@ def exam(family, n, seed=0, writing=False):
     images = []
     for request in requests:
         digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
-        scene = shapes.layout(request, rng, digit)
-        images.append(shapes.draw(scene, shapes.random_background(rng), digit))
+        scene = web.layout(request, rng, digit)
+        images.append(shapes.draw(scene, web.random_background(rng), digit))
     return images, requests
 
 

@@ -62,7 +62,7 @@ OF_WRITING = ("--prompts", "--prompts-per-round", "--film-pictures")
 
 def commands_of(config, passed_on):
     """Part -> {a run's name: its command}: one for each β, and one for the noise."""
-    shared = flags.words_of(config, ("gold", "rounds", "learning_rate", "seed"))
+    shared = commands.words_of(config, ("gold", "rounds", "learning_rate", "seed"))
     one_prompt = [*shared, "--samples-per-prompt", str(config.samples_per_prompt), *passed_on]
     numbers = [*shared, "--samples-per-prompt", str(config.samples_per_prompt // PROMPTS),
                "--prompts", "count", "--prompts-per-round", str(PROMPTS), "--film-pictures", "32",

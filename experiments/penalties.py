@@ -149,7 +149,7 @@ def train(config):
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv, dpok.SD)
+    config = runs.parse(Config, __doc__, argv, dpok.SD)
     run, summary = train(config)
     runs.report(run, summary)
     return run

@@ -37,7 +37,7 @@ dpok = import_module("04_dpok")  # step_means, path_kl, evaluate
 
 
 @dataclass(frozen=True)
-class Config(rewards.RewardFlags, flags.TrainFlags):
+class Config(rewards.RewardFlags, runs.TrainFlags):
     reward: str = "image_reward"  # a name of chapter 2, a sum such as a=1,b=0.2, or file.py:name
     gold: str = "alignment"  # what is really meant: measured, never optimized
     prompts: str = "bias"  # a shape family, animals, tasks, ..., a file, or one prompt
@@ -183,7 +183,7 @@ def train(config):
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv, SD)
+    config = runs.parse(Config, __doc__, argv, SD)
     run, summary = train(config)
     runs.report(run, summary)
     return run

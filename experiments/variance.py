@@ -107,7 +107,7 @@ class Probe(dpok.Value):
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv, dpok.SD)
+    config = runs.parse(Config, __doc__, argv, dpok.SD)
     pictures = config.prompts_per_round * config.samples_per_prompt
     if config.groups > pictures:
         raise ValueError(f"--groups: at most {pictures}, the pictures of a round")

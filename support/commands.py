@@ -5,12 +5,12 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from support import flags, training
+from support import flags, runs, training
 from support.models import HERE
 from support.runs import CHECKPOINT, is_finished
 from support.scoring import load_module
@@ -73,7 +73,7 @@ def settings_of(command):
 def check_settings(folder, wanted):
     """ValueError naming the first flag of which a run's config.json holds another value."""
     saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    flags.check_settings(folder, saved, wanted, "move it away, or choose another --out")
+    runs.check_settings(folder, saved, wanted, "move it away, or choose another --out")
 
 
 def move_aside(folder):
@@ -130,3 +130,24 @@ def split_flags(argv, taken):
         if name in taken or name.replace("--no-", "--") in taken:
             raise ValueError(f"{name} behind -- : each run gets its own")
     return own, passed_on
+
+
+def words_of(config, names):
+    """The fields of these names as words of a command line: eta -> ["--eta", "0.5"]."""
+    words = []
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool):
+            words.append(flags.flag(name) if value else "--no-" + flags.flag(name)[2:])
+        elif isinstance(value, tuple):
+            words += [flags.flag(name), *map(str, value)]
+        elif value is not None:
+            words += [flags.flag(name), str(value)]
+    return words
+
+
+def changed_words(config, Base):
+    """Those fields of a Config's base class as words that have not their default value."""
+    changed = [field.name for field in fields(Base)
+               if getattr(config, field.name) != field.default]
+    return words_of(config, changed)

@@ -155,21 +155,18 @@ def read_pipeline(source):
 def check_pipeline(pipe):
     """ValueError for a model with which chapter 1's equations would not hold."""
     unet, scheduler = pipe.unet.config, pipe.scheduler.config
-    channels = pipe.vae.config.latent_channels
-    extra = [name for name in EXTRA_CONDITIONS if unet.get(name)]
-    if extra:
-        raise ValueError(f"its UNet has a condition beside prompt and time: {extra[0]}")
-    if unet.in_channels != channels or unet.out_channels != channels:
-        raise ValueError(f"its UNet goes from {unet.in_channels} to {unet.out_channels} channels, "
-                         f"and a latent has {channels}")
-    if scheduler.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction_type={scheduler.prediction_type!r} is not supported")
-    if scheduler.thresholding or scheduler.clip_sample or scheduler.timestep_spacing == "linspace":
-        raise ValueError("thresholding, clip_sample and timestep_spacing=linspace are not "
-                         "supported: a step would not be chapter 1's")
-    if scheduler.rescale_betas_zero_snr and scheduler.prediction_type == "epsilon":
-        raise ValueError("after rescale_betas_zero_snr=True no signal is left at the first step, "
-                         "and a model that predicts epsilon cannot start there")
+    channels, kind = pipe.vae.config.latent_channels, scheduler.prediction_type
+    unsupported = {name: unet.get(name) for name in EXTRA_CONDITIONS}  # beside prompt and time
+    unsupported |= {name: scheduler[name] for name in ("thresholding", "clip_sample")}
+    unsupported |= {
+        "in_channels": unet.in_channels != channels and unet.in_channels,
+        "out_channels": unet.out_channels != channels and unet.out_channels,
+        "prediction_type": kind not in ("epsilon", "v_prediction", "sample") and kind,
+        "timestep_spacing": scheduler.timestep_spacing == "linspace" and "linspace",
+        "rescale_betas_zero_snr": scheduler.rescale_betas_zero_snr and kind == "epsilon"}
+    for name, value in unsupported.items():
+        if value:
+            raise ValueError(f"its {name} is {value}, with which a step would not be chapter 1's")
 
 
 def set_timesteps(scheduler, num_steps):
@@ -280,8 +277,7 @@ def trainable(pipe, config):
             try:
                 pipe.unet.add_adapter(lora)
             except ValueError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"--lora-targets: {reason}") from error
+                raise ValueError(f"--lora-targets: {' '.join(str(error).split())}") from error
         adapters_in_float32(pipe.unet)
     else:
         pipe.unet.float()  # a small step of the optimizer would be lost in fewer digits

@@ -13,7 +13,7 @@ import pickle
 import re
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,31 @@ from support import figures, flags, models, training
 FRAMES = 4  # looks before the last one: after none, a quarter, a half, ... of the rounds
 NOTED = ("kl_old", "clip_fraction")  # what updates may note of their (picture, step) pairs
 CHECKPOINT = "checkpoint.pt"
+# Fields that change no trained weight: where a run is, on what, and how it is looked at.
+NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
+             "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
+MAY_CHANGE = set(NO_MATTER) - {"name", "out"}  # as a run goes on: its folder has them already
+
+
+
+@dataclass(frozen=True)
+class TrainFlags(flags.MachineFlags):
+    """What every training has, whatever it learns by."""
+    model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, a finished run, or a hub name
+    num_steps: int = 10  # denoising steps T
+    eta: float = 1.0  # noise of a step: 1 is DDPM's
+    guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
+    weight_decay: float = 1e-4  # of AdamW
+    seed: int = 0  # seed of everything
+    train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
+    checkpointing: bool = False  # keep few activations and compute them again: a third slower
+    eval_samples: int = 128  # pictures on fresh noise, before and after, that the result rests on
+    film_pictures: int = 8  # pictures in each row of the film; each column keeps its noise
+    keep_every: int = 0  # also keep the weights after every so many rounds; 0: only the last
+    name: str | None = None  # the run's folder in --out; default: made from what is run
+    out: str = "runs"  # folder of all runs
+    resume: str | None = None  # folder of a run that was cut short: goes on where it stopped
+    sd: bool = False  # the published settings for the full model become the defaults
 
 
 class Run:
@@ -164,7 +189,7 @@ class Run:
             saved = torch.load(path, map_location=pipe.device, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume: {path} cannot be read: {error}") from error
-        flags.check_settings(path, saved["settings"], self.settings, "it is another run's")
+        check_settings(path, saved["settings"], self.settings, "it is another run's")
         pipe.unet.load_state_dict(saved["weights"], strict=False)  # the others never change
         for thing, state in zip(others, saved["states"], strict=True):
             if isinstance(thing, dict):
@@ -231,6 +256,43 @@ def report(run, summary):
             print(line.format(**column))
     print(f"{summary['queries']} reward queries, {summary['seconds']:.0f} s. "
           f"Pictures, film, curves, metrics.csv and the tuned weights: {run.folder}")
+
+
+# ---- going on --------------------------------------------------------------------------------
+
+
+def parse(Config, doc, argv=None, sd=None):
+    """flags.parse, where a run's own settings are the defaults behind --resume, and must stay."""
+    config = flags.parse(Config, doc, argv, sd)
+    if not config.resume:
+        return config
+    saved = saved_config(config.resume, Config)
+    config = flags.parse(Config, doc, argv, default=saved)
+    check_settings(f"--resume {config.resume}: it", asdict(saved), asdict(config),
+                   "it goes on as it began", MAY_CHANGE)
+    return config
+
+
+def saved_config(folder, Config):
+    """The Config in a run's config.json; ValueError unless this script began that run."""
+    try:
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        del saved["method"]
+        config = Config(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in saved.items()})
+        flags.check(config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--resume {folder}: no run that this script began: {error}") from error
+    return config
+
+
+def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
+    """ValueError naming the first flag of which a run's saved settings hold another value."""
+    wanted, saved = json.loads(json.dumps([wanted, saved]))  # a tuple becomes a list, as when saved
+    for name, value in wanted.items():
+        if name not in ignored and saved.get(name) != value:
+            raise ValueError(f"{source} was made with {flags.flag(name)} {saved.get(name)}, not {value}: "
+                             f"{advice}")
 
 
 # ---- folders and files: the first process alone writes --------------------------------------

@@ -20,7 +20,6 @@ PURPOSES = (  # what random numbers are for; the place in this list is part of t
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
     "adapters", "value", "value batches", "fixed set", "sft batches", "sft noise", "bootstrap",
     "pretrain", "make", "frontier", "labels", "truth")
-WORD = 2**32
 
 
 # ---- randomness by address ------------------------------------------------------------------
@@ -29,14 +28,9 @@ WORD = 2**32
 def random_stream(seed, purpose, n=0, i=0):
     """numpy's generator at the address (seed, purpose, round n, sample i); always the same one.
 
-    Four words of 32 bits each, never fewer: numpy reads [1], [1, 0] and [1, 0, 0, 0] as one.
+    Four numbers below 2³², never fewer: numpy reads [1], [1, 0] and [1, 0, 0, 0] as one.
     """
-    address = [seed, PURPOSES.index(purpose), n, i]
-    for word in address:
-        if not 0 <= word < WORD:
-            raise ValueError(f"random numbers have no address {address}: each part lies in "
-                             "[0, 2³²); is --seed below 0 or too large?")
-    return np.random.default_rng(address)
+    return np.random.default_rng([seed, PURPOSES.index(purpose), n, i])
 
 
 def gaussian(shape, seed, purpose, n=0, i=0):

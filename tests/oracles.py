@@ -90,6 +90,10 @@ def random(seed, purpose, n=0, i=0):
     return np.random.default_rng([seed, purpose, n, i])
 
 
+def in_turn(prompts, samples):
+    return [prompts[i % len(prompts)] for i in range(samples)]  # there are fewer prompts
+
+
 def choose_prompts(config, prompts, n):
     """Shuffled passes one after the other, of which each round takes the next few."""
     line, number = [], 0
@@ -164,7 +168,7 @@ def path_kl(frozen, scheduler, config, chain):
 
 
 def look(pipe, frozen, scheduler, config, method, prompts, reward, gold):
-    prompts = [prompts[i % len(prompts)] for i in range(config.eval_samples)]
+    prompts = in_turn(prompts, config.eval_samples)
     chains, images = draw_all(pipe, scheduler, config, prompts, EVALUATE, 0)
     found = {"images": images, "reward": [float(v) for v in reward(images, prompts)]}
     if method == "dpok":

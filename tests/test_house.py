@@ -69,11 +69,6 @@ def test_imports_run_downstairs_only(module):
     assert wrong_imports(module, SOURCES[module]) == []
 
 
-def test_an_import_of_something_above_is_found():
-    for other in ("import tests.z", "from experiments import x", "import_module('04_dpok')"):
-        assert wrong_imports("03_ddpo", f"import tiny_sd.judge\ndef f():\n    {other}\n")
-
-
 def test_equation_tests_hold_no_solution():
     for module in SOURCES:
         if module.startswith("tests.equations"):

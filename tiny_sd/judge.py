@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 
 from tiny_sd import shapes
 

@@ -205,9 +205,17 @@ def closed_form(unet, alpha=1.0, beta=0.0, frozen_states=False):
 
 
 def rehearse(loop, config, monkeypatch, *more):
-    """Runs a chapter's loop with the chain for a model.  -> gradients of its steps, its log."""
+    """Runs a chapter's loop with the chain for a model.  -> gradients of its steps, its log.
+
+    As one of two processes, of which the other has the same gradient.
+    """
     pipe, steps, reference_unet = make_pipe(*START), [], make_pipe().unet
-    chapter = SimpleNamespace(**loop.__globals__)
+    chapter, add_up = SimpleNamespace(**loop.__globals__), training.total_gradients
+
+    def total_gradients(params):
+        add_up(params)
+        for p in params:
+            p.grad *= 2
 
     def optimizer(params, config):
         sgd = torch.optim.SGD(params, config.learning_rate)
@@ -238,7 +246,7 @@ def rehearse(loop, config, monkeypatch, *more):
             (chapter.models, "adamw", optimizer), (chapter.mdp, "rollout", rollout),
             (chapter.models, "make_reference", lambda pipe: reference),
             (chapter.rewards, "get_reward", get_reward), (chapter.rewards, "score", score),
-            (chapter.runs, "Run", Notebook)):
+            (training, "total_gradients", total_gradients), (chapter.runs, "Run", Notebook)):
         monkeypatch.setattr(place, name, double)
     run, _ = loop(config, *more)
     return steps, run.rows
@@ -303,7 +311,8 @@ def by_hand(config, method, advantages):
             if method == "dpok":
                 by_mean = config.alpha * by_mean - config.beta / root * (mean - pre[i, k])
             gradient = slopes(trajectory, i, k, by_mean / sigma**2, eta, scale)
-            gradient = [-T / len(i) * slope for slope in gradient]  # a sum over steps, of a mean
+            # A mean over pictures of a sum over steps; twice, for there are two processes.
+            gradient = [-2 * T / len(i) * slope for slope in gradient]
             length = torch.cat([slope.flatten() for slope in gradient]).norm()
             shrink = min(1, config.max_grad_norm / length)
             steps.append([shrink * slope for slope in gradient])

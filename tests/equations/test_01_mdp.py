@@ -51,9 +51,12 @@ def test_forward_process_is_what_diffusers_add_noise_does():
 def test_denoising_loss_averages_over_pictures_and_numbers_and_weighs_pictures():
     pred, eps, weight = randn(3, 2, 3, 5, seed=1), randn(3, 2, 3, 5, seed=2), [2.0, 0.0, 0.5]
     errors = [((a - b).numpy() ** 2).mean() for a, b in zip(pred, eps)]
+    pred.requires_grad_()
     assert mdp.denoising_loss(pred, eps).item() == pytest.approx(sum(errors) / 3)
     loss = mdp.denoising_loss(pred, eps, torch.tensor(weight).double())
     assert loss.item() == pytest.approx((2 * errors[0] + 0.5 * errors[2]) / 3)
+    slope, = torch.autograd.grad(loss, pred)
+    torch.testing.assert_close(slope[0], 2 * 2 * (pred - eps)[0] / 30 / 3)
     with pytest.raises(AssertionError):  # a shape that would broadcast in silence
         mdp.denoising_loss(pred, eps, torch.ones(3, 1))
 
@@ -231,7 +234,14 @@ def test_density_at_a_state_is_ddims_gaussian_of_its_own_step_and_prompt(predict
 def test_rollout_is_a_slow_loop_over_diffusers_own_step(pipe, eta, scale, steps):
     config = mdp.Config(eta=eta, guidance_scale=scale, num_steps=steps, batch_size=2, seed=3)
     before = torch.get_rng_state()
-    trajectory = mdp.rollout(pipe, PROMPTS, config, "train", 7)
+    sizes = []
+
+    def policy(pipe, x_t, *rest):
+        sizes.append(len(x_t))
+        return mdp.policy(pipe, x_t, *rest)
+
+    trajectory = mdp.rollout(pipe, PROMPTS, config, "train", 7, policy)
+    assert sizes == [2] * steps + [1] * steps  # as --batch-size has it, by the policy passed on
     assert torch.equal(before, torch.get_rng_state()), "global random numbers were drawn"
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
@@ -284,18 +294,13 @@ def stay(pipe, x_t, t, prompt_embeds, negative_embeds, config):
     return x_t, torch.full((1, 1, 1, 1), 1e-6)
 
 
-def test_another_policy_draws_and_is_asked_again(pipe):
+def test_another_policy_draws_and_of_two_processes_each_its_own_pictures(pipe, monkeypatch):
     config = mdp.Config(num_steps=3)
-    trajectory = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)
-    first = trajectory.latents[:, :1]
-    torch.testing.assert_close(trajectory.latents, first.expand(-1, 4, -1, -1, -1))
-    mean, _ = mdp.policy_at(pipe, trajectory, [1], 2, config)
-    assert torch.equal(mean, trajectory.latents[[1], 2])
-
-
-def test_of_two_processes_each_draws_its_own_pictures_and_the_same_ones(pipe, monkeypatch):
-    config = mdp.Config(num_steps=1)
     whole = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)
+    first = whole.latents[:, :1]
+    torch.testing.assert_close(whole.latents, first.expand(-1, 4, -1, -1, -1))
+    mean, _ = mdp.policy_at(pipe, whole, [1], 2, config)
+    assert torch.equal(mean, whole.latents[[1], 2])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     mine = mdp.rollout(pipe, PROMPTS, config, "train", policy=stay)

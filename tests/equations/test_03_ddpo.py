@@ -108,6 +108,8 @@ def test_leave_one_out_advantage_against_a_loop_over_whole_numbers():
         assert A[i].item() == pytest.approx((r[i].item() - baselines[i]) / scale, rel=1e-12)
 
 
+@pytest.mark.equation("leave-one-out advantage", "03_ddpo.leave_one_out_advantage")
+@pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
 @pytest.mark.parametrize("baseline", ("leave_one_out", "running"))
 def test_equal_rewards_give_advantages_of_zero(baseline):
     """And not 0/0: their spread counts as 1."""
@@ -166,6 +168,7 @@ def test_advantages_are_the_chosen_kind_cut_to_the_clip():
 # ---- pairs, and the loops -------------------------------------------------------------------
 
 
+@pytest.mark.equation("pairs", "03_ddpo.step_pairs")
 @pytest.mark.parametrize("fraction, kept", [(1, T), (0.5, 3), (0.25, 2), (0.01, 1)])
 def test_a_fraction_keeps_other_steps_of_each_picture(fraction, kept):
     config = ddpo.Config(timestep_fraction=fraction, num_steps=T)

@@ -232,6 +232,29 @@ def test_value_is_fitted_once_on_each_state_of_the_latest_rounds_towards_its_own
                 assert slope == pytest.approx(-2 * target / 20, abs=1e-5)
 
 
+def test_of_other_processes_pictures_kl_v_and_states_are_added_up(monkeypatch):
+    """Here by one that has the same numbers."""
+    value, (trajectory, r) = make_value(), round_of_pictures(1, 5)
+    value.fit(trajectory, r, 0)
+    V, pre = value.predict(trajectory), 0 * trajectory.means
+    kl = dpok.path_kl(chain.make_pipe(), trajectory, pre, CONFIG)
+    monkeypatch.setattr(dpok.training, "total", lambda tensor: tensor.mul_(2))
+    assert torch.equal(value.predict(trajectory), 2 * V)
+    assert torch.equal(dpok.path_kl(chain.make_pipe(), trajectory, pre, CONFIG), 2 * kl)
+    value.fit(trajectory, r, 1)
+    assert torch.equal(value.rounds[-1][0], 2 * trajectory.latents[:, :-1])
+
+
+@pytest.mark.equation("V", "04_dpok.Value.fit")
+def test_the_order_in_which_value_learns_is_drawn_anew_in_each_round():
+    values = []
+    for n in (0, 1):
+        value, (trajectory, r) = make_value(), round_of_pictures(0, 5)
+        value.fit(trajectory, r, n, batch_size=8)
+        values.append(value.predict(trajectory))
+    assert not torch.equal(*values)
+
+
 def test_what_value_knows_survives_a_checkpoint(tmp_path):
     (first, r_first), (second, r_second) = round_of_pictures(1), round_of_pictures(2)
     value, other = make_value(), make_value(seed=1)

@@ -1,35 +1,140 @@
-"""Chapter 5's statistics, against closed forms, plain loops and rows made by hand."""
+"""Chapter 5's equations: against scipy's paired test, enumeration, integrals and plain loops."""
 import math
+from dataclasses import fields
 from importlib import import_module
-from itertools import permutations
+from itertools import combinations, permutations
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from support import tables
+from support import evaluation, flags
 from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
+METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
+           "SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
+           "DDPO_SF": ("03_ddpo.py", {"estimator": "sf"}),
+           "DDPO_IS": ("03_ddpo.py", {"estimator": "is"}),
+           "DPOK": ("04_dpok.py", {"beta": 0.01}),
+           "DPOK_no_KL": ("04_dpok.py", {"beta": 0})}
 
 
-def plain_diversity(f):
-    """Mean distance over all ordered pairs of different pictures."""
-    distances = [1 - a @ b / (a.norm() * b.norm()) for a, b in permutations(f, 2)]
-    return sum(distances).item() / len(distances)
+# ---- is a difference more than chance? ------------------------------------------------------
 
 
-@pytest.mark.equation("diversity", "05_eval.diversity_values")
-@pytest.mark.parametrize("N", [3, 7])
-def test_diversity_values_average_to_a_double_loop_and_are_those_of_leaving_one_out(N):
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
+@pytest.mark.parametrize("S", [2, 5, 8])
+def test_paired_interval_is_scipys_paired_t_test(S):
+    a, b = randn(S, seed=1).numpy() + 0.4, randn(S, seed=2).numpy()
+    oracle = stats.ttest_rel(a, b)
+    low, high = oracle.confidence_interval(0.95)
+    want = {"mean": (a - b).mean(), "low": low, "high": high, "p": oracle.pvalue}
+    assert ev.paired_interval(a, b) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
+def test_paired_interval_by_hand_and_of_differences_that_are_all_equal():
+    """d = 1, 2, 3: mean 2, s.e. 1/√3, t_2 at 0.975 is 4.3027; what seeds share goes out."""
+    d, shared = np.array([1.0, 2.0, 3.0]), np.array([500.0, -800.0, 0.0])
+    found = ev.paired_interval(d + shared, shared)
+    half = 4.302653 / 3**0.5
+    assert [found["low"], found["high"]] == pytest.approx([2 - half, 2 + half], rel=1e-6)
+    same = ev.paired_interval(np.ones(3), np.zeros(3))
+    assert same == {"mean": 1, "low": 1, "high": 1, "p": 1}  # told by no p, however Holm counts
+
+
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
+def test_interval_covers_the_truth_as_often_as_it_says():
+    """Of 2000 the standard error is 0.005; with 1.96 in the place of t_4 it would be 0.88."""
+    stream = np.random.default_rng(0)
+    found = [ev.paired_interval(*stream.standard_normal((2, 5))) for _ in range(2000)]
+    held = np.mean([row["low"] <= 0 <= row["high"] for row in found])
+    assert 0.935 < held < 0.965
+    assert 0.03 < np.mean([row["p"] <= 0.05 for row in found]) < 0.07
+
+
+@pytest.mark.equation("Holm", "05_eval.holm")
+def test_holm_is_the_closed_test_of_all_subsets():
+    """A claim is told if Bonferroni rejects every set of hypotheses that its own is in."""
+    assert ev.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    p, closed = [0.3, 0.011, 0.02, 0.011, 0.9, 0.001], []
+    for i in range(6):
+        sets = [s for size in range(1, 7) for s in combinations(range(6), size) if i in s]
+        closed.append(max(min(1, len(s) * min(p[j] for j in s)) for s in sets))
+    assert ev.holm(p) == pytest.approx(closed)
+    assert ev.holm([0.9, 0.6]).tolist() == [1, 1] and ev.holm([]).tolist() == []
+
+
+@pytest.mark.equation("verdict", "05_eval.verdict")
+@pytest.mark.parametrize("difference, p, want", [
+    (0.1, 0.05, "holds"), (0.1, 0.051, "cannot be told"), (0.1, 1.0, "cannot be told"),
+    (-0.1, 0.05, "fails"), (-0.1, 0.051, "cannot be told"), (0.0, 1.0, "cannot be told")])
+def test_verdict_needs_the_corrected_p_and_has_the_sign_of_the_difference(difference, p, want):
+    assert ev.verdict(difference, p) == want
+
+
+# ---- from pictures to claims ----------------------------------------------------------------
+
+
+def pictures(gold, seed=0, split="seen", family="f"):
+    return [{"seed": seed, "split": split, "family": family, "gold": g} for g in gold]
+
+
+@pytest.mark.equation("seed means", "support.evaluation.seed_means")
+def test_seed_means_are_of_a_models_own_pictures_split_family_and_seed_in_order():
+    rows = {"A": [*pictures([1, 3], 7), *pictures([100], 7, "unseen"),
+                  *pictures(["5", "6", "13"], "3"), *pictures([20], 3, family="g")],
+            "B": pictures([math.pi])}
+    rows["B"][0]["kind"] = 4
+    found = evaluation.seed_means(rows, "gold", family="f")
+    assert {model: means.tolist() for model, means in found.items()} == {
+        "A": [8, 2], "B": [math.pi]}  # seed 3 before seed 7; text, as CSV files have it
+    assert evaluation.seed_means(rows, "gold")["A"].tolist() == [11, 2]
+    assert {m: v.tolist() for m, v in evaluation.seed_means(rows, "gold", "unseen").items()} == {
+        "A": [100]}
+    assert list(evaluation.seed_means(rows, "kind")) == ["B"]
+
+
+def test_claims_are_of_a_minus_b_by_seed_and_corrected_for_all_of_them(monkeypatch):
+    """Pictures and seeds differ by far more than models: only pairs show that B is above A."""
+    rows, gains, elsewhere = {"A": [], "B": []}, [0.9, 1.0, 1.2, 1.1, 0.8], [1, 2, 0.5, 2, 0.3]
+    for seed in range(5):
+        base = [100.0 * i + 1000 * (seed % 3) for i in range(4)]
+        rows["A"] += pictures(base, seed) + pictures([8.0] * 3, seed, "unseen")
+        rows["B"] += pictures([g + gains[seed] for g in base], seed)
+        rows["B"] += pictures([8.0 + elsewhere[seed]] * 3, seed, "unseen")
+    monkeypatch.setattr(ev, "CLAIMS", (
+        ("B wins", "gold", "seen", "B", "A"), ("A wins", "gold", "seen", "A", "B"),
+        ("nobody is there", "gold", "seen", "A", "C"), ("of no such", "beauty", "seen", "A", "B"),
+        ("also elsewhere", "gold", "unseen", "B", "A"), ("A there", "gold", "unseen", "A", "B")))
+    found = ev.claims(rows)
+    assert [(row["claim"], row["verdict"]) for row in found] == [
+        ("B wins", "holds"), ("A wins", "fails"), ("also elsewhere", "cannot be told"),
+        ("A there", "cannot be told")]  # p = 0.03, but twice that by Holm
+    p = [stats.ttest_1samp(values, 0).pvalue for values in (gains, elsewhere)]
+    assert [row["p"] for row in found] == pytest.approx([p[0], p[0], p[1], p[1]])
+    assert [row["holm"] for row in found] == pytest.approx([4 * p[0]] * 2 + [2 * p[1]] * 2)
+    assert found[0]["mean"] == pytest.approx(1) == -found[1]["mean"]
+    assert ev.claims({"A": rows["A"]}) == []
+
+
+# ---- variety, choice ------------------------------------------------------------------------
+
+
+@pytest.mark.equation("diversity", "05_eval.diversity")
+@pytest.mark.parametrize("N", [2, 3, 7])
+def test_diversity_is_a_pictures_mean_distance_to_the_others_by_a_double_loop(N):
     f = randn(N, 6) + 1
-    values = ev.diversity_values(f * torch.arange(1, N + 1)[:, None])  # lengths do not count
-    assert values.mean().item() == pytest.approx(plain_diversity(f), rel=1e-9)
-    for i, value in enumerate(values.tolist()):
-        without = torch.cat([f[:i], f[i + 1:]])
-        expected = N * plain_diversity(f) - (N - 1) * plain_diversity(without)
-        assert value == pytest.approx(expected, rel=1e-9)
-    assert ev.diversity_values(f[:2]).isnan().tolist() == [True, True]  # too few to leave one out
+    distances = torch.zeros(N, N)
+    for i, j in permutations(range(N), 2):
+        distances[i, j] = 1 - f[i] @ f[j] / (f[i].norm() * f[j].norm())
+    values = ev.diversity(f * torch.arange(1, N + 1)[:, None])  # lengths do not count
+    assert values.tolist() == pytest.approx((distances.sum(1) / (N - 1)).tolist(), rel=1e-5)
+    assert ev.diversity(f[:1].repeat(4, 1)).tolist() == pytest.approx([0] * 4, abs=1e-6)
+    assert ev.diversity(torch.eye(3)).tolist() == [1] * 3
 
 
 @pytest.mark.equation("best of n", "05_eval.best_of_n_kl")
@@ -52,93 +157,44 @@ def test_best_of_n_keeps_the_best_by_reward_so_far_of_each_request(monkeypatch):
         calls.append(k)
         return SimpleNamespace(images=[(k, i) for i in range(3)])
 
-    def reward(images, prompts):
-        assert prompts == ["a", "b", "c"]
-        return [r[image].item() for image in images]
+    def score(column, images, prompts):
+        assert (column, prompts) == ("reward", ["a", "b", "c"])
+        return torch.tensor([r[image] for image in images])
 
     monkeypatch.setattr(ev, "draw", draw)
-    monkeypatch.setattr(ev.rewards, "score",
-                        lambda reward, images, prompts, out: torch.tensor(reward(images, prompts)))
-    measures = SimpleNamespace(rewards={"reward": reward},
-                               rows=lambda wanted, images, kl: (list(images), kl))
-    config = SimpleNamespace(best_of=6, out=".")
-    found = ev.best_of_n({3, 6, 50}, None, requests, measures, config)
-    assert calls == [0, 1, 2, 3, 4, 5] and set(found) == {1, 2, 3, 4, 6}
-    for n, ((measured, kl), images) in found.items():
+    measures = SimpleNamespace(score=score, rows=lambda wanted, images, kl: (list(images), kl))
+    found = ev.best_of_n(None, requests, measures, SimpleNamespace(best_of=(6, 1, 4)))
+    assert calls == [0, 1, 2, 3, 4, 5] and list(found) == ["best of 1", "best of 4", "best of 6"]
+    for name, ((measured, kl), images) in found.items():
+        n = int(name.split()[-1])
         best = r[:n].max(0).values
         want = [(r[:n, i].tolist().index(best[i]), i) for i in range(3)]  # the first of equals
         assert measured == images == want
         assert kl == pytest.approx([math.log(n) - (n - 1) / n] * 3)
 
 
-def make_rows(values, seed=0, split="seen", prompts="abc"):
-    """Two pictures of each prompt; a family has the letter of its prompts in upper case."""
-    return [{"seed": seed, "picture": i, "split": split, "family": prompts[i // 2].upper(),
-             "prompt": prompts[i // 2], "gold": value} for i, value in enumerate(values)]
+# ---- the methods' commands ------------------------------------------------------------------
 
 
-def test_values_stand_by_seed_prompt_and_picture():
-    rows = make_rows([1, 2, 3, 4, 5, 6]) + make_rows([7, 8], split="unseen", prompts="d")
-    rows += make_rows([10, 20, 30, 40, 50, 60], seed=1) + make_rows([70, 80], 1, "unseen", "d")
-    values, families = tables.values_of(rows, "gold")
-    assert values.tolist() == [[[1, 2], [3, 4], [5, 6]], [[10, 20], [30, 40], [50, 60]]]
-    assert families == ["A", "B", "C"] and values.dtype == torch.float64
-    assert tables.values_of(rows, "gold", "unseen")[0].tolist() == [[[7, 8]], [[70, 80]]]
-    assert tables.values_of(rows, "gold", "seen", "B")[0].tolist() == [[[3, 4]], [[30, 40]]]
-    assert len(tables.values_of(rows, "gold", "seen", "X")[0]) == 0
-    assert len(tables.values_of(make_rows([1, math.nan]), "gold")[0]) == 0
-
-
-def test_difference_is_a_minus_b_of_the_same_seed_and_picture_and_of_the_split_asked_for():
-    """Pictures and seeds differ by far more than models: only pairs show that B is above A."""
-    rows = {"A": [], "B": []}
-    for seed in range(5):
-        values = [100.0 * i + 1000 * seed for i in range(6)]
-        shifted = [v + 1 + 0.1 * ((i + seed) % 3 - 1) for i, v in enumerate(values)]
-        rows["A"] += make_rows(values, seed) + make_rows([8.0] * 4, seed, "unseen", "de")
-        rows["B"] += make_rows(shifted, seed) + make_rows([3.0] * 4, seed, "unseen", "de")
-    found = ev.difference(rows, "B", "A", "gold")
-    assert 0.8 < found["low"] < 1 < found["high"] < 1.2 and found["p"] < 0.001
-    assert found["mean"] == pytest.approx(1)
-    names = ("a", "b", "metric", "split", "seeds", "prompts", "pictures")
-    assert [found[name] for name in names] == ["B", "A", "gold", "seen", 5, 3, 2]
-    assert ev.difference(rows, "A", "B", "gold", "unseen")["mean"] == 5
-
-
-def test_unseen_prompts_are_units_and_seen_ones_strata():
-    """Prompts differ in what B gains: this widens the interval of unseen ones alone."""
-    rows = {"A": [], "B": []}
-    for seed in range(5):
-        for split in ("seen", "unseen"):
-            rows["A"] += make_rows([0.0] * 8, seed, split, "aaaa")
-            gains = [0.9, 1.1, 2.9, 3.1, 4.9, 5.1, 6.9, 7.1]
-            rows["B"] += make_rows(gains, seed, split, "abcd")
-    for row in rows["A"] + rows["B"]:
-        row["family"] = "F"
-    for i, row in enumerate(rows["A"]):
-        row["prompt"] = "abcd"[i % 8 // 2]
-    seen, unseen = (ev.difference(rows, "B", "A", "gold", s) for s in ("seen", "unseen"))
-    assert seen["mean"] == unseen["mean"] == 4
-    assert unseen["high"] - unseen["low"] > 5 * (seen["high"] - seen["low"])
-
-
-def test_no_difference_without_both_models_or_without_pairs():
-    rows = {"A": make_rows([1.0, 2.0, 3.0, 4.0]), "B": make_rows([1.0, 2.0]),
-            "C": make_rows([math.nan] * 4)}
-    for a, b in (("A", "D"), ("D", "A"), ("A", "B"), ("C", "C")):
-        assert ev.difference(rows, a, b, "gold") is None
-    assert ev.difference(rows, "A", "A", "beauty") is None
-
-
-def test_claims_are_corrected_for_all_of_them_together(monkeypatch):
-    rows = {"A": [], "B": []}
-    for seed in range(5):
-        rows["A"] += make_rows([0.0] * 6, seed)
-        rows["B"] += make_rows([0.5 + 0.4 * ((i + 3 * seed) % 5) for i in range(6)], seed)
-    pairs = {"B wins": ("gold", "seen", (("B", "A"),)), "A wins": ("gold", "seen", (("A", "B"),))}
-    monkeypatch.setattr(ev, "CLAIMS", pairs)
-    first, second = ev.claims(rows)
-    assert (first["verdict"], second["verdict"]) == ("holds", "fails")
-    p = [first["p"], second["p"]]
-    corrected = sorted([first["holm"], second["holm"]])
-    assert corrected == [2 * min(p), max(2 * min(p), max(p))]
+@pytest.mark.parametrize("words", [
+    "--sd", "--sd --quick", "--samples 1", "--samples 9 --seed 4 --model m --reward r --gold g "
+    "--prompts count --rounds 7 --prompts-per-round 3 --samples-per-prompt 6 --eta 0.6 "
+    "--lora-rank 3 --lora-targets to_q conv1 --num-steps 9 --guidance-scale 2.5 --batch-size 11 "
+    "--device cpu --clip c --aesthetic-weights a --image-reward-weights i --vlm v"])
+def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(words):
+    config = flags.parse(ev.Config, None, words.split(), ev.SD, ev.QUICK)
+    assert config.rounds == 4 or not config.quick
+    table = ev.commands_of(config)
+    assert list(table) == [f"{method}_seed{config.seed}" for method in METHODS]
+    shared = {field.name for field in fields(config)} - {"out", "sd"}
+    for (method, (script, own)), (found, *rest) in zip(METHODS.items(), table.values()):
+        assert found == script
+        module = import_module(script.removesuffix(".py").replace("/", "."))
+        job = flags.parse(module.Config, None, rest, module.SD)
+        expected = {field.name: field.default for field in fields(job)}
+        expected |= module.SD | {"sd": True} if config.sd else {}
+        expected |= {field: getattr(config, field) for field in shared & expected.keys()}
+        expected |= own | {"keep_every": max(1, config.rounds // 4), "eval_samples": 40}
+        if not config.sd:
+            expected["learning_rate"], expected["updates_per_round"] = ev.METHODS[method][1:]
+        assert vars(job) == expected

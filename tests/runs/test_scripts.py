@@ -31,22 +31,17 @@ def names_in(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, words, said, files", [
-    ("01_mdp", ["--num-steps", "3"], "ratio on replay", {"01_mdp/beliefs.png"}),
-    ("02_rewards", ["--samples", "2", "--num-steps", "3", "--show", "3", "--rewards",
-                    "compressibility", "aesthetic"], "rank correlation",
-     {"02_rewards/best_worst.png"}),
-    ("03_ddpo", [*TINY, "--name", "a"], "gain", {f"a/{name}" for name in FILES}),
-    ("04_dpok", [*TINY, "--name", "a", "--prompts", "tasks"], "path KL",
-     {f"a/{name}" for name in FILES})])
+    ("01_mdp", ["--num-steps", "3"], "ratio on replay", {"beliefs.png"}),
+    ("02_rewards", ["--samples", "2", "--num-steps", "3"], "rank correlation", {"best_worst.png"}),
+    ("03_ddpo", TINY, "gain", FILES), ("04_dpok", TINY, "path KL", FILES)])
 def test_scripts_run_from_anywhere_into_a_log_without_greek(script, words, said, files, tmp_path):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path, text=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"},
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout and names_in(tmp_path) == {"runs"}
-    for file in files:
-        path = tmp_path / "runs" / file
-        assert path.is_dir() or path.stat().st_size > 100, file
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert files <= names_in(folder)
 
 
 @pytest.mark.parametrize("script, words, weights", [

@@ -1,64 +1,61 @@
-"""Chapter 5's measures: each number beside the picture and the prompt that it belongs to."""
+"""Chapter 5's measures, each beside its picture and prompt, and what trainings cost, counted."""
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from support import measures, scoring
+from support import measures, models, runs, scoring
 from support.measures import Measures
+from tests.equations import closed_forms
 
 SPECS = ("first", "second", "third", "fourth")
-CONFIG = SimpleNamespace(reward="first", gold="second", others=SPECS[2:], vlm="judge",
-                         clip="tiny_sd/clip", device="cpu", out="folder")
-
-
-def value(spec, image, prompt):
-    """A number that no other reward gives, nor any other picture or prompt."""
-    return 1000.0 * SPECS.index(spec) + 10 * gray(image) + len(prompt)
+CONFIG = SimpleNamespace(reward="first", gold="second", others=SPECS[2:], clip="tiny_sd/clip",
+                         device="cpu", out="folder")
+REWARD = f"{closed_forms.__file__}:lightness"
+TINY = ("--rounds 2 --num-steps 2 --prompts-per-round 1 --samples-per-prompt 4 --eval-samples 2 "
+        f"--lora-rank 2 --device cpu --reward {REWARD} --prompts bias").split()
 
 
 def gray(image):
     return image.getpixel((0, 0))[0]
 
 
+def value(spec, image, prompt):
+    """A number that no other reward gives, nor any other picture or prompt."""
+    return 1000.0 * SPECS.index(spec) + 10 * gray(image) + len(prompt) + 0.00004
+
+
 def make_chapter():
     """What is used of chapter 2, with rewards that are easy to foretell."""
     loaded = []
 
-    def get_reward(spec, models, device, flag="--reward"):
+    def get_reward(spec, config, device=None, flag="--reward"):
         loaded.append((spec, flag))
         return lambda images, prompts: [
             value(spec, *pair) for pair in zip(images, prompts, strict=True)]
 
-    return SimpleNamespace(get_reward=get_reward, score=scoring.score, QUESTION="What is it?",
-                           loaded=loaded)
+    return SimpleNamespace(get_reward=get_reward, score=scoring.score, loaded=loaded)
 
 
-def test_columns_are_those_of_the_right_picture_and_prompt():
-    chapter, sizes = make_chapter(), []
+def test_columns_are_those_of_the_right_picture_and_prompt_and_rounded():
+    chapter = make_chapter()
     found = Measures(CONFIG, chapter, lambda f: f[:, 0] + 100 * f[:, 0].sum())
-
-    def ask(images, questions):
-        sizes.append(len(images))
-        pairs = zip(images, questions, strict=True)
-        return [f"{question} {gray(image)}" for image, question in pairs]
-
-    found.ask = ask
     found.embed = lambda images: torch.tensor([[gray(image), 1.0] for image in images])
-    grays = list(range(70))
+    grays = list(range(20))
     images = [Image.new("RGB", (2, 2), (v, v, v)) for v in grays]
-    prompts = ["p", "qq", "p", "qq", "rrr"] * 14
+    prompts = ["p", "qq", "p", "qq", "rrr"] * 4
     asked = [{"prompt": prompt, "split": f"split {i}"} for i, prompt in enumerate(prompts)]
     rows = found.rows(asked, images, [0.5 * v for v in grays])
     for i, row in enumerate(rows):
         same = sum(v for v in grays if prompts[v] == prompts[i])  # of one prompt's pictures only
-        reward, gold, third, fourth = [value(spec, images[i], prompts[i]) for spec in SPECS]
+        wanted = [round(value(spec, images[i], prompts[i]), 4) for spec in SPECS]
         assert row == {
-            "prompt": prompts[i], "split": f"split {i}", "picture": i, "path_kl": 0.5 * i,
-            "reward": reward, "gold": gold, "third": third, "fourth": fourth,
-            "description": f"What is it? {i}", "diversity": i + 100 * same}
-    assert asked[0] == {"prompt": "p", "split": "split 0"} and sizes == [32, 32, 6]
+            "picture": i, "prompt": prompts[i], "split": f"split {i}", "path_kl": 0.5 * i,
+            **dict(zip(("reward", "gold", "third", "fourth"), wanted)),
+            "diversity": i + 100 * same}
+    assert asked[0] == {"prompt": "p", "split": "split 0"}
     assert chapter.loaded == [*zip(SPECS, ("--reward", "--gold", "--others", "--others"))]
 
 
@@ -74,3 +71,37 @@ def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="--clip nowhere"):
         Measures(SimpleNamespace(**vars(CONFIG) | {"clip": "nowhere"}), make_chapter(), None)
+
+
+@pytest.mark.equation("price", "support.measures.price")
+@pytest.mark.parametrize("script, words, looked_at", [
+    ("03_ddpo", "", 0), ("03_ddpo", "--estimator sf", 0),
+    ("03_ddpo", "--guidance-scale 2 --timestep-fraction 0.5", 0),
+    ("04_dpok", "--no-value", 0), ("04_dpok", "--beta 0 --no-value", 8),
+    ("04_dpok", "--guidance-scale 2 --timestep-fraction 0.5 --no-value", 0),
+    ("experiments.sft", "--data fresh", 8), ("experiments.sft", "--data fixed --beta 1", 16),
+    ("experiments.sft", "--data fresh --guidance-scale 2 --updates-per-round 3", 16)])
+def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path, monkeypatch):
+    """looked_at: latents of a round's forward passes that no update needs, as of a logged KL."""
+    counts, training = [0], [False]
+
+    def count(unet, inputs, output):
+        if training[0]:
+            counts[0] += len(output.sample) * (3 if output.sample.requires_grad else 1)
+
+    def load(*arguments):
+        pipe = load_pipeline(*arguments)
+        pipe.unet.register_forward_hook(count)
+        return pipe
+
+    def rounds(run, *owned):
+        for n in all_rounds(run, *owned):  # between two of them it is only looked at
+            training[0] = True
+            yield n
+            training[0] = False
+    load_pipeline, all_rounds = models.load_pipeline, runs.Run.rounds
+    monkeypatch.setattr(models, "load_pipeline", load)
+    monkeypatch.setattr(runs.Run, "rounds", rounds)
+    run = import_module(script).main([*TINY, *words.split(), "--out", str(tmp_path)])
+    config = models.read_config(run.folder)
+    assert measures.price(config) == (2 * 4, counts[0] - 2 * looked_at)

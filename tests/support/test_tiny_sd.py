@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from experiments import make_rewards, make_tiny_sd
+from support import models
 from support import reward_models as nets
-from tiny_sd import judge, shapes
+from tiny_sd import judge, shapes, web
 
 rewards = import_module("02_rewards")
 
@@ -52,7 +53,7 @@ def test_captions_and_requests_are_inverse(family):
 
 def test_pretraining_pairs_never_show_or_name_what_is_held_out():
     rng = np.random.default_rng(0)
-    pictures, captions = zip(*[shapes.sample_pair(rng) for _ in range(400)])
+    pictures, captions = zip(*[web.sample_pair(rng) for _ in range(400)])
     requests = [shapes.parse(caption) for caption in captions]
     assert not any(shapes.is_held_out(request) for request in requests)
     scenes = judge.see(pictures)
@@ -66,7 +67,7 @@ def test_pretraining_pairs_never_show_or_name_what_is_held_out():
 
 def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
     rng, shares, lies = np.random.default_rng(3), {}, []
-    pictures, captions = zip(*[shapes.sample_pair(rng) for _ in range(1000)])
+    pictures, captions = zip(*[web.sample_pair(rng) for _ in range(1000)])
     for image, caption, digit in zip(pictures, captions, judge.read(pictures)):
         request = shapes.parse(caption)
         shares.setdefault(shapes.family_of(request), []).append(digit is not None)
@@ -74,7 +75,7 @@ def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
             assert digit == request[0].count
             assert np.ptp(np.array(image)[shapes.CORNER:, shapes.CORNER:], 2).max() < 30  # no color
             lies.append(len(judge.see([image])[0]) != digit)
-    assert np.mean(shares["count"]) == pytest.approx(shapes.WRITING_SHARE, abs=0.06)
+    assert np.mean(shares["count"]) == pytest.approx(web.WRITING_SHARE, abs=0.06)
     assert np.mean(shares["color"]) < 0.25  # where a caption counts to one
     assert not any(shares["composition"] + shares["location"] + shares["bias"])
     assert 0.12 < np.mean(lies) < 0.45  # below CAPTION_NOISE: one object is never counted wrongly
@@ -88,7 +89,7 @@ def blurred(image, radii=(0, 0.7, 1.2)):
 def test_objects_keep_clear_of_writing_and_the_judge_sees_the_same_with_it(family):
     rng, (_, requests) = np.random.default_rng(2), make_tiny_sd.exam(family, 20)
     for i, request in enumerate(requests):
-        scene, digit = shapes.layout(request, rng, 1), i % 4 + 1
+        scene, digit = web.layout(request, rng, 1), i % 4 + 1
         bare, written = shapes.draw(scene), shapes.draw(scene, writing=digit)
         near = np.array(shapes.draw([], writing=digit).filter(ImageFilter.MinFilter(3))) < 240
         near[shapes.CORNER:, shapes.CORNER:] = True
@@ -275,3 +276,29 @@ def test_eyes_are_taught_what_each_patch_shows():
             assert list(shapes.COLORS)[color - 1] == o.color
             assert shapes.SHAPES[shape - 1] == o.shape
     assert make_rewards.draw_scenes(3, seed=5)[3] == [None] * 3
+
+
+@pytest.mark.slow
+def test_every_shipped_file_can_be_remade_and_loads(tmp_path):
+    for module, sizes in ((make_tiny_sd, "vae unet refine"),
+                          (make_rewards, "clip aesthetic vit blip vlm")):
+        words = ["--out", str(tmp_path), "--pictures", "100"]
+        for name in sizes.split():
+            words += [f"--{name}-steps", "1"]
+        if module is make_rewards:
+            words += ["--pairs", "32", "--epochs", "1"]
+        for part in module.PARTS:
+            if part != "measure":
+                module.main([*words, "--only", part])
+    shipped = nets.find("tiny_sd")
+    names = {file.relative_to(shipped) for file in shipped.rglob("*.*")}
+    made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")}
+    assert made == {name for name in names if name.suffix not in (".py", ".pyc", ".md")}
+    folders = {"clip": "clip", "vlm": "vlm", "aesthetic_weights": "aesthetic.safetensors",
+               "image_reward_weights": "image_reward/model.safetensors"}
+    twins = rewards.RewardFlags(**{field: str(tmp_path / name) for field, name in folders.items()})
+    pipe = models.load_pipeline(str(tmp_path), "cpu")
+    config = rewards.Config(num_steps=2)
+    images = rewards.mdp.rollout(pipe, ["a red star"] * 2, config, "examples").images
+    for name in ("aesthetic", "image_reward", "vlm_alignment", "vlm_strict"):
+        rewards.score(rewards.get_reward(name, twins, "cpu"), images, ["a red star"] * 2)
