@@ -14,7 +14,6 @@ from support import evaluation, flags
 from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
-equation = pytest.mark.equation
 METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
            "SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
            "DDPO_SF": ("03_ddpo.py", {"estimator": "sf"}),
@@ -26,7 +25,7 @@ METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
 # ---- is a difference more than chance? ------------------------------------------------------
 
 
-@equation("paired interval", "05_eval.paired_interval")
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
 @pytest.mark.parametrize("S", [2, 5, 8])
 def test_paired_interval_is_scipys_paired_t_test(S):
     a, b = randn(S, seed=1).numpy() + 0.4, randn(S, seed=2).numpy()
@@ -36,7 +35,7 @@ def test_paired_interval_is_scipys_paired_t_test(S):
     assert ev.paired_interval(a, b) == pytest.approx(want, rel=1e-9)
 
 
-@equation("paired interval", "05_eval.paired_interval")
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
 def test_paired_interval_by_hand_and_of_differences_that_are_all_equal():
     """d = 1, 2, 3: mean 2, s.e. 1/√3, t_2 at 0.975 is 4.3027; what seeds share goes out."""
     d, shared = np.array([1.0, 2.0, 3.0]), np.array([500.0, -800.0, 0.0])
@@ -47,7 +46,7 @@ def test_paired_interval_by_hand_and_of_differences_that_are_all_equal():
     assert same == {"mean": 1, "low": 1, "high": 1, "p": 1}  # told by no p, however Holm counts
 
 
-@equation("paired interval", "05_eval.paired_interval")
+@pytest.mark.equation("paired interval", "05_eval.paired_interval")
 def test_interval_covers_the_truth_as_often_as_it_says():
     """Of 2000 the standard error is 0.005; with 1.96 in the place of t_4 it would be 0.88."""
     stream = np.random.default_rng(0)
@@ -57,7 +56,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 0.03 < np.mean([row["p"] <= 0.05 for row in found]) < 0.07
 
 
-@equation("Holm", "05_eval.holm")
+@pytest.mark.equation("Holm", "05_eval.holm")
 def test_holm_is_the_closed_test_of_all_subsets():
     """A claim is told if Bonferroni rejects every set of hypotheses that its own is in."""
     assert ev.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -69,7 +68,7 @@ def test_holm_is_the_closed_test_of_all_subsets():
     assert ev.holm([0.9, 0.6]).tolist() == [1, 1] and ev.holm([]).tolist() == []
 
 
-@equation("verdict", "05_eval.verdict")
+@pytest.mark.equation("verdict", "05_eval.verdict")
 @pytest.mark.parametrize("difference, p, want", [
     (0.1, 0.05, "holds"), (0.1, 0.051, "cannot be told"), (0.1, 1.0, "cannot be told"),
     (-0.1, 0.05, "fails"), (-0.1, 0.051, "cannot be told"), (0.0, 1.0, "cannot be told")])
@@ -84,7 +83,7 @@ def pictures(gold, seed=0, split="seen", family="f"):
     return [{"seed": seed, "split": split, "family": family, "gold": g} for g in gold]
 
 
-@equation("seed means", "support.evaluation.seed_means")
+@pytest.mark.equation("seed means", "support.evaluation.seed_means")
 def test_seed_means_are_of_a_models_own_pictures_split_family_and_seed_in_order():
     rows = {"A": [*pictures([1, 3], 7), *pictures([100], 7, "unseen"),
                   *pictures(["5", "6", "13"], "3"), *pictures([20], 3, family="g")],
@@ -125,7 +124,7 @@ def test_claims_are_of_a_minus_b_by_seed_and_corrected_for_all_of_them(monkeypat
 # ---- variety, choice ------------------------------------------------------------------------
 
 
-@equation("diversity", "05_eval.diversity")
+@pytest.mark.equation("diversity", "05_eval.diversity")
 @pytest.mark.parametrize("N", [2, 3, 7])
 def test_diversity_is_a_pictures_mean_distance_to_the_others_by_a_double_loop(N):
     f = randn(N, 6) + 1
@@ -138,7 +137,7 @@ def test_diversity_is_a_pictures_mean_distance_to_the_others_by_a_double_loop(N)
     assert ev.diversity(torch.eye(3)).tolist() == [1] * 3
 
 
-@equation("best of n", "05_eval.best_of_n_kl")
+@pytest.mark.equation("best of n", "05_eval.best_of_n_kl")
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
     """Density of the largest: n·u^(n−1); KL to the uniform, by the midpoint rule."""
@@ -147,7 +146,7 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers(n):
     assert float(ev.best_of_n_kl(n)) == pytest.approx((p * p.log()).mean().item(), abs=1e-4)
 
 
-@equation("best of n", "05_eval.best_of_n")
+@pytest.mark.equation("best of n", "05_eval.best_of_n")
 def test_best_of_n_keeps_the_best_by_reward_so_far_of_each_request(monkeypatch):
     r = torch.tensor([[1.0, 5.0, 0.0], [2.0, 4.0, 0.0], [-1.0, 9.0, 0.0], [3.0, 1.0, 0.5],
                       [7.0, 9.0, 0.1], [7.0, 0.0, 0.7]])  # draw k, request i

@@ -160,8 +160,8 @@ def test_best_of_n_keeps_the_highest_proxy_of_n_pretrained_pictures_of_each_seed
 
 
 def seed_means(samples, model, name, split="seen"):
-    return [np.mean(column([row for row in of(samples, model, seed) if row["split"] == split], name))
-            for seed in "56"]
+    own = [row for row in of(samples, model) if row["split"] == split]
+    return [np.mean(column([row for row in own if row["seed"] == seed], name)) for seed in "56"]
 
 
 def test_each_verdict_and_each_cell_is_what_samples_csv_alone_says(methods):

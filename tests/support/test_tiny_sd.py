@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from experiments import make_rewards, make_tiny_sd
+from support import models
 from support import reward_models as nets
 from tiny_sd import judge, shapes, web
 
@@ -275,3 +276,29 @@ def test_eyes_are_taught_what_each_patch_shows():
             assert list(shapes.COLORS)[color - 1] == o.color
             assert shapes.SHAPES[shape - 1] == o.shape
     assert make_rewards.draw_scenes(3, seed=5)[3] == [None] * 3
+
+
+@pytest.mark.slow
+def test_every_shipped_file_can_be_remade_and_loads(tmp_path):
+    for module, sizes in ((make_tiny_sd, "vae unet refine"),
+                          (make_rewards, "clip aesthetic vit blip vlm")):
+        words = ["--out", str(tmp_path), "--pictures", "100"]
+        for name in sizes.split():
+            words += [f"--{name}-steps", "1"]
+        if module is make_rewards:
+            words += ["--pairs", "32", "--epochs", "1"]
+        for part in module.PARTS:
+            if part != "measure":
+                module.main([*words, "--only", part])
+    shipped = nets.find("tiny_sd")
+    names = {file.relative_to(shipped) for file in shipped.rglob("*.*")}
+    made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")}
+    assert made == {name for name in names if name.suffix not in (".py", ".pyc", ".md")}
+    folders = {"clip": "clip", "vlm": "vlm", "aesthetic_weights": "aesthetic.safetensors",
+               "image_reward_weights": "image_reward/model.safetensors"}
+    twins = rewards.RewardFlags(**{field: str(tmp_path / name) for field, name in folders.items()})
+    pipe = models.load_pipeline(str(tmp_path), "cpu")
+    config = rewards.Config(num_steps=2)
+    images = rewards.mdp.rollout(pipe, ["a red star"] * 2, config, "examples").images
+    for name in ("aesthetic", "image_reward", "vlm_alignment", "vlm_strict"):
+        rewards.score(rewards.get_reward(name, twins, "cpu"), images, ["a red star"] * 2)
