@@ -2,8 +2,7 @@
 
 One table for all: make.py blanks these functions out, with what the tests demand as a comment,
 grade.py runs the tests that check them, and mutants.py knows wrong answers. An exercise's tests are
-those in tests/ with the marker `equation(label, function)` of its function; `python -m pytest
---equations` lists them.
+those with the marker `equation(label, function)`: `python -m pytest --equations` lists them.
 """
 from dataclasses import dataclass
 from pathlib import Path

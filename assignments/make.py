@@ -28,7 +28,7 @@ from support import flags  # noqa: E402
 SOLUTIONS = (  # files and folders that stay here: each holds answers in other words, or runs them
     "assignments", ".ci", "tests/assignments", "tests/runs", "tests/oracles.py",
     "tests/benchmark.py", "tests/benchmark_trl.py", "tests/test_house.py", "tests/test_numbers.py",
-    "tests/test_readme.py", "experiments/penalties.py", "experiments/results.py")
+    "tests/test_readme.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
 HUNT = ("# Bug hunt\n\nThree functions of this copy, in different chapters, have a mistake each. Find\n"
