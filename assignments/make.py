@@ -31,8 +31,8 @@ SOLUTIONS = (  # files and folders that stay here: each holds answers in other w
     "tests/test_readme.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
-HUNT = ("# Bug hunt\n\n"
-        "Three functions of this copy, in different chapters, have a mistake each. Find\nand mend them: the tests say where to look, and the papers what is right.\n")
+HUNT = ("# Bug hunt\n\nThree functions of this copy, in different chapters, have a mistake each. "
+        "Find\nand mend them: the tests say where to look, and the papers what is right.\n")
 
 
 @dataclass(frozen=True)
