@@ -47,6 +47,9 @@ class Config(dpok.Config):
     target_kl: float | None = None  # β moves to hold the path KL here, in nats; default: β is fixed
 
 
+SD = dpok.SD
+
+
 def kl_weights(scheduler, config):
     """w_t = 2/(κ_t/σ_t)², which makes KL_t ‖ε_θ − ε_pre‖²; 1 for exact, 0 for reward.  -> (T,)"""
     models.set_timesteps(scheduler, config.num_steps)
@@ -149,7 +152,7 @@ def train(config):
 
 
 def main(argv=None):
-    config = runs.parse(Config, __doc__, argv, dpok.SD)
+    config = runs.parse(Config, __doc__, argv, SD)
     run, summary = train(config)
     runs.report(run, summary)
     return run

@@ -42,6 +42,9 @@ class Config(dpok.Config):
     out: str = "runs/variance"  # folder of variance.csv and of the run
 
 
+SD = dpok.SD
+
+
 def gradient(pipe, params, trajectory, advantage, pictures, config, n):
     """g = ∇E[ Σ_t α·log p_θ(x_{t−1}|x_t, z)·A ] of these pictures, at θ = θ_old.  -> (weights,)"""
     root = ddpo.ratio_root(pipe, config)
@@ -107,7 +110,7 @@ class Probe(dpok.Value):
 
 
 def main(argv=None):
-    config = runs.parse(Config, __doc__, argv, dpok.SD)
+    config = runs.parse(Config, __doc__, argv, SD)
     pictures = config.prompts_per_round * config.samples_per_prompt
     if config.groups > pictures:
         raise ValueError(f"--groups: at most {pictures}, the pictures of a round")
