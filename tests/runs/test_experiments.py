@@ -219,7 +219,9 @@ def fake_runs(monkeypatch):
     return started
 
 
-def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path):
+def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep.Figure, "savefig", lambda figure, path: drawn.append((figure, path)))
     words = ["--betas", "0", "0.25", "--out", str(tmp_path), "--", "--alpha", "2"]
     rows = sweep.main(words)
     assert [(config.beta, config.alpha) for config in fake_runs] == [(0, 2), (0.25, 2)]
@@ -228,7 +230,12 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path):
     assert sweep.main(words) == rows and len(fake_runs) == 2
     with pytest.raises(ValueError, match="--alpha 2.0, not 3.0"):
         sweep.main([*words[:-1], "3"])
-    assert (tmp_path / "sweep.png").is_file()
+    figure, path = drawn[-1]
+    assert path == tmp_path / "sweep.png"
+    for ax, name, first in zip(figure.axes, ("reward", "gold"), (0, 10)):
+        x, y = ax.lines[0].get_data()
+        assert ax.get_title() == name
+        assert (list(x), list(y)) == ([20, 20.25], [first, first + 0.25])
 
 
 def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
