@@ -119,7 +119,7 @@ experiments.make_rewards.bradley_terry_loss
 03_ddpo.leave_one_out_advantage
     spread(_a) => (_a.std(unbiased=False) + 1e-8)  # a small number moves every advantage a little
     _a / spread(_b) => _a  # the advantage is not divided by the spread
-    return _a => return _a.to(reward.dtype)  # the advantages are cut to whole numbers
+    return _a => return _a.float()  # the advantages are asked for in float64
 03_ddpo.running_advantage
     _a[-keep:] => _a[:keep]  # the last `keep` rewards count; this keeps the first ones
     _a[-keep:] => _a  # only the last `keep` rewards stay in the history
