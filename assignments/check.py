@@ -17,8 +17,7 @@ WORDS = set("""FileIO Path attrgetter builtins ctypes fromfile genfromtxt hub im
     read_bytes read_text savetxt savez savez_compressed shutil socket subprocess sys system
     tofile write_bytes write_text""".split())  # as names, attributes and imports
 INSIDES = re.compile(r"__\w*|(f|tb|gi|cr|ag)_(back|builtins|code|frame|globals|locals|next)")
-METHODS = set("""__init__ __enter__ __exit__ __call__ __iter__ __next__ __len__ __getitem__
-    __setitem__ __post_init__ __repr__ __name__""".split())
+METHODS = set("__init__ __enter__ __exit__ __call__ __len__ __getitem__ __name__".split())
 
 
 def refusal(text):

@@ -2,8 +2,7 @@
 
 One table for all: make.py blanks these functions out, with what the tests demand as a comment,
 grade.py runs the tests that check them, and mutants.py knows wrong answers. An exercise's tests are
-those in tests/ with the marker `equation(label, function)` of its function; `python -m pytest
---equations` lists them.
+those with the marker `equation(label, function)`: `python -m pytest --equations` lists them.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +98,7 @@ EXERCISES = (
              "be whole numbers. A small number is never added to the spread."),
     Exercise("3.4", "03_ddpo.step_weights", "step weights", 2,
              "Divide by their mean, so that the learning rate keeps its meaning.",
-             "First models.set_timesteps(pipe.scheduler, config.num_steps). The result is float32."),
+             "First models.set_timesteps(pipe.scheduler, config.num_steps). The result: float32."),
     Exercise("3.5", "03_ddpo.step_pairs", "pairs of pictures and steps", 2,
              "All steps of the first picture, then those of the second: two long lists of indices.",
              "Of T steps round(timestep_fraction·T) are kept, at least one: the first columns of "
@@ -132,7 +131,7 @@ EXERCISES = (
              "Each step has its own σ; the means of the policy that drew the pictures are stored."),
     Exercise("4.4", "04_dpok.Value.fit", "fitting the value function", 3,
              "Every step of a picture has that picture's final reward as its target.",
-             "Without config.value it does nothing. self.rounds are the latest value_rounds rounds; "
+             "Without config.value it does nothing. self.rounds: the latest value_rounds rounds; "
              "self.mean and self.std (at least 1e-6) are of their rewards; self(x_t, c, t) is V, "
              "and its error (V − r)/self.std. Row j of training.permutation(len(r)·T, seed, "
              '"value batches", n) is step j % T of picture j // T; batch_size rows are a step on '

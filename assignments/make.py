@@ -3,8 +3,8 @@
 RUN `python assignments/make.py homework`: all exercises are blank, and HOMEWORK.md lists them.
 `--chapter 3`: chapters 1 and 2 are whole, and from 3 on all is blank, so that earlier mistakes cost
 nothing later, and later code shows no earlier answer. `--bug-hunt 7`: nothing is blank, but three
-functions have a mistake each, drawn by this seed; `--hint` only says in which chapters, `--solution`
-also where and what. The tests come along, but for those which hold a solution.
+functions have a mistake each, drawn by this seed; `--hint` says in which chapters, and
+`--solution` where and what. The tests come along, but for those which hold a solution.
 """
 import ast
 import difflib
@@ -28,11 +28,11 @@ from support import flags  # noqa: E402
 SOLUTIONS = (  # files and folders that stay here: each holds answers in other words, or runs them
     "assignments", ".ci", "tests/assignments", "tests/runs", "tests/oracles.py",
     "tests/benchmark.py", "tests/benchmark_trl.py", "tests/test_house.py", "tests/test_numbers.py",
-    "tests/test_readme.py", "experiments/penalties.py", "experiments/results.py")
+    "tests/test_readme.py")
 ROOMS = ("0*.py", "*.md", "LICENSE", "requirements.txt", "pytest.ini", "support/**/*",
          "experiments/**/*", "tiny_sd/**/*", "tests/**/*")  # of a copy without git
-HUNT = ("# Bug hunt\n\nThree functions of this copy, in different chapters, have a mistake each. Find\n"
-        "and mend them: the tests say where to look, and the papers what is right.\n")
+HUNT = ("# Bug hunt\n\nThree functions of this copy, in different chapters, have a mistake each. "
+        "Mend them:\nthe tests say where to look, and the papers what is right.\n")
 
 
 @dataclass(frozen=True)

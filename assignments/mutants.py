@@ -9,11 +9,11 @@ so outlives a rewording of the line: whatever in the function has this shape is 
 stand for any expression, the same one on both sides, and `...` for all other arguments, or for a
 whole block. Without a shape a line is put before the answer; the shape `...` is all of the answer.
 
-RUN `python assignments/mutants.py` (minutes; words behind it choose functions): prints those that
-no test notices.
+RUN `python assignments/mutants.py [FUNCTION ...]` (minutes): prints those that no test notices.
 """
 import ast
 import contextlib
+import functools
 import re
 import sys
 import textwrap
@@ -93,7 +93,7 @@ RULES = r"""
     config.batch_size => 10**9  # the batch size is ignored
     => policy = globals()["policy"]  # the policy that is passed is not used
 02_rewards.jpeg_kilobytes
-    return _a => return _a / 1.024  # a kilobyte has 1000 bytes here
+    return _a => return _a * 1000 / 1024  # a kilobyte has 1000 bytes here
     => quality = 75  # the quality is not used
     => image = image.convert("L")  # the picture has lost its colors
     _a.convert("RGB") => _a  # JPEG has no transparency: convert to RGB first
@@ -119,7 +119,7 @@ experiments.make_rewards.bradley_terry_loss
 03_ddpo.leave_one_out_advantage
     spread(_a) => (_a.std(unbiased=False) + 1e-8)  # a small number moves every advantage a little
     _a / spread(_b) => _a  # the advantage is not divided by the spread
-    return _a => return _a.to(reward.dtype)  # the advantages are cut to whole numbers
+    return _a => return _a.float()  # the advantages are asked for in float64
 03_ddpo.running_advantage
     _a[-keep:] => _a[:keep]  # the last `keep` rewards count; this keeps the first ones
     _a[-keep:] => _a  # only the last `keep` rewards stay in the history
@@ -204,8 +204,8 @@ experiments.make_rewards.bradley_terry_loss
     => n = 0  # every round has the same order
     => batch_size = 10**9  # each batch_size rows are a step
 04_dpok.value_advantage
-    => reward, V = -reward, -V  # the advantage is r − V, not V − r
-    ... => return reward[:, None] - V  # the others' mean of r − V is not taken off
+    => r, V = -r, -V  # the advantage is r − V, not V − r
+    ... => return r.to(V)[:, None] - V  # the others' mean of r − V is not taken off
     => V = 0 * V  # V is not used
     ddpo.mean_of_others(_a, _b) => ddpo.mean_of_others(_a + V, _b)  # it is of r − V, not of r
 support.models.make_reference
@@ -274,9 +274,12 @@ class Mutant:
 
     def text(self):
         """The wrong function."""
-        source = (ROOT / self.exercise.file).read_text(encoding="utf-8")
-        right = cut.function_text(source, self.exercise.name)
-        return planted(right, self.shape, self.instead)
+        return planted(right_text(self.exercise), self.shape, self.instead)
+
+
+@functools.cache
+def right_text(exercise):
+    return cut.function_text((ROOT / exercise.file).read_text(encoding="utf-8"), exercise.name)
 
 
 def read_rules(rules):

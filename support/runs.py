@@ -291,8 +291,8 @@ def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
     wanted, saved = json.loads(json.dumps([wanted, saved]))  # a tuple becomes a list, as when saved
     for name, value in wanted.items():
         if name not in ignored and saved.get(name) != value:
-            raise ValueError(f"{source} was made with {flags.flag(name)} {saved.get(name)}, not {value}: "
-                             f"{advice}")
+            raise ValueError(f"{source} was made with {flags.flag(name)} {saved.get(name)}, not "
+                             f"{value}: {advice}")
 
 
 # ---- folders and files: the first process alone writes --------------------------------------

@@ -3,7 +3,7 @@
 RUN `python tests/make_random_sd.py OUT` (a minute, 4.3 GB; half of it with --dtype bfloat16). What
 memory and time the full model needs can then be found out without a download:
 
-    python 03_ddpo.py --sd --model OUT --plan
+    python experiments/memory.py 03_ddpo.py --sd --model OUT
 
 Its pictures are noise. Every prompt can be encoded, though in more tokens than CLIP's own tokenizer
 needs: this one knows single letters and no merges.

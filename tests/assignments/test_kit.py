@@ -64,13 +64,13 @@ def unparsed(text):
 
 
 def leaks(folder, chapter):
-    """(exercise, file) where two statements of an answer (of a loop: six) stand in one file."""
+    """(exercise, file) where two statements of an answer, or most of a loop's, are in a file."""
     texts = {file: unparsed(file.read_text(encoding="utf-8")) for file in folder.rglob("*.py")}
     found = []
     for exercise in EXERCISES:
         if exercise.chapter >= chapter:
             own = set(statements(cut.answer_of(ast.parse(text_of(exercise)).body[0])))
-            needed = min(2 if len(own) < 12 else 6, len(own)) or 9
+            needed = min(2 if len(own) < 12 else len(own) * 2 // 3, len(own)) or 9
             found += [(exercise.number, file.name) for file, text in texts.items()
                       if sum(statement in text for statement in own) >= needed]
     return found
@@ -89,7 +89,7 @@ def test_no_answer_is_left_in_a_homework(homework, tmp_path):
     assert leaks(tmp_path / "whole", 1) != []  # this test can see one
 
 
-def test_all_but_the_answers_comes_along_and_what_is_there_needs_nothing_that_is_not(homework):
+def test_all_but_the_answers_comes_along_and_needs_nothing_that_does_not(homework):
     for file in {exercise.file for exercise in EXERCISES}:
         whole, left = (ast.parse(Path(folder, file).read_text(encoding="utf-8"))
                        for folder in (ROOT, homework))
@@ -100,12 +100,10 @@ def test_all_but_the_answers_comes_along_and_what_is_there_needs_nothing_that_is
                 assert ast.dump(node.args) == ast.dump(blank.args)
                 node.body = blank.body = []
         assert ast.dump(whole) == ast.dump(left)
-    assert (homework / "tiny_sd/unet/diffusion_pytorch_model.safetensors").is_file()
     gone = [Path(name).with_suffix("").as_posix().replace("/", ".") for name in make.SOLUTIONS]
     for file in homework.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        assert not [name for name in gone if f"import_module(\"{name}" in text
-                    or f"from {name} import" in text], file
+        assert not [name for name in gone if f"from {name} import" in text], file
 
 
 def test_a_copy_without_git_leaves_out_what_a_course_keeps_beside_it(tmp_path, monkeypatch):
@@ -143,7 +141,6 @@ def test_a_bug_hunt_has_three_mistakes_in_three_chapters_and_nothing_else(tmp_pa
         new = [n for n, line in enumerate(after, 1) if line not in before]
         assert f"{file}, {bug.exercise.name}: {bug.words}" in solution
         assert not new or f"line {new[0]} is" in solution and after[new[0] - 1] in solution
-    assert make.drawn_bugs(5) != make.drawn_bugs(6)
 
 
 @pytest.mark.parametrize("words, named", [(["."], "already"), (["x", "--hint"], "--bug-hunt")])
@@ -161,8 +158,6 @@ def test_a_function_is_found_also_beside_what_python_cannot_read():
         assert cut.function_text(source, "first") == good.partition("\n\n\nclass")[0] + "\n"
         assert cut.function_text(source, "C.g") == "def g(self):\n    return 2\n"
         assert cut.function_text(source, "missing") is None
-    twice = good.replace("return a", "raise NotImplementedError") + "\n\n" + good
-    assert "return a" in cut.function_text(twice, "first")  # as Python has it
     tabs = good.replace("    ", "\t")
     assert "return 2" in cut.function_text(tabs + "\n\ndef broken(:\n", "C.g")
     outdented = good.replace("        return 2", "# why\n        return 2")
@@ -207,8 +202,6 @@ HONEST = (  # bodies of a function with the arguments x and pipe
     "x(torch.ones(1)).sum().backward()\noptimizer.step()\noptimizer.zero_grad()",
     "import copy\ntuned = pipe.unet\npipe.unet = copy.deepcopy(tuned)\npipe.unet = tuned",
     "if (n := len(x)) > 1:\n    return f'{n:.2f}', type(x)(x), torch.finfo(x.dtype).eps",
-    "import functools, itertools, operator, statistics, collections\n"
-    "return functools.reduce(operator.mul, itertools.chain([1], [2])), collections.Counter([1])",
     "a, (b, *c) = x\nfor i, y in enumerate(c):\n    a[i], b = y, a\nreturn a, b, c",
     "same = torch.eye(3)\nsame.diagonal()[:] = 0\nsame[0, 1] += 1\nlog = {}\nlog['a'] = same",
     "net = super(type(x), x).__init__\nreturn net.__name__, x.__getitem__(0), x.state_dict()",
@@ -263,10 +256,8 @@ def graded(folder, *words):
 
 
 def test_untouched_blanks_get_nothing(homework):
-    results = graded(homework)
-    assert len(results) == len(EXERCISES)
-    for test in results.values():
-        assert test["score"] == 0 and test["output"] == "not answered yet"
+    for exercise in EXERCISES:
+        assert grade.answer_in(homework, exercise) == (None, "not answered yet")
 
 
 @pytest.mark.slow
@@ -288,17 +279,14 @@ def hand_in(folder, answers):
 
 
 ANSWERS = {  # number -> an answer, and what is said of it
-    "4.5": ("d = reward[:, None] - V\nreturn d - ddpo.mean_of_others(d, prompts)", "correct"),
-    "2.4": ("return -(F.logsigmoid(better) - F.logsigmoid(worse)).mean()", "This does not hold: "),
-    "3.8": ("r = torch.div(log_prob, old_log_prob)\nlow, high = 1 - clip_range, 1 + clip_range\n"
-            "return torch.min(r * advantage, r.clip(low, high) * advantage)", "difference of logs"),
-    "5.2": ("import numpy as np\nreturn [min(1.0, len(p) * p[i]) for i in range(len(p))]",
-            "It fails as this does: this is Bonferroni's"),
-    "5.3": ("raise SystemExit(0)", "SystemExit"),
-    "5.4": ("return helper(n)", "put all that it needs inside"),
-    "1.1": ("return torch.zeros(10**13)", "RuntimeError"),
-    "1.2": ("return return", "Python cannot read it"),
+    "2.1": ("file = io.BytesIO()\nimage.convert('RGB').save(file, 'JPEG', quality=quality)\n"
+            "return len(file.getvalue()) / 1024",
+            "It fails as this does: a kilobyte has 1000 bytes here.\nThis does not hold: "),
+    "2.2": ("return [0] * 10**10", "MemoryError"),
+    "2.3": ("return helper(x)", "put all that it needs inside"),
+    "1.7": ("d = mean_p - mean_q\nreturn (d / std).pow(2).flatten(1).sum(1) / 2", "correct"),
     "1.3": ("import os\nos._exit(0)", "refused: it imports os"),
+    "1.2": ("return return", "Python cannot read it"),
 }
 
 
@@ -309,8 +297,9 @@ def test_each_answer_is_graded_alone_and_what_is_wrong_is_said_in_words(tmp_path
     for number, (_, said) in ANSWERS.items():
         assert said in results[number]["output"], (number, results[number]["output"])
         assert (results[number]["score"] > 0) == (said == "correct")
-    kept = json.loads((copy / "known.json").read_text(encoding="utf-8"))
-    assert set(kept) == {"key", *(BY_NUMBER[number].function for number in ("2.4", "3.8", "5.2"))}
+    known = json.loads((copy / "known.json").read_text(encoding="utf-8"))
+    assert set(known) == {"key", "02_rewards.jpeg_kilobytes"}  # only these had to be run, once
+    assert all(failure for failure, _, _ in known["02_rewards.jpeg_kilobytes"])
 
 
 def test_an_answer_that_never_ends_is_ended():
@@ -345,25 +334,18 @@ def test_a_mistake_outlives_a_rewording_of_its_line():
     text = "def f(x):\n    # why\n    y = (x - 1).sum(\n     0) * 2  # é\n    return y, x.sum()\n"
     assert mutants.planted(text, "_a.sum(...)", "_a.mean(...)") == (
         "def f(x):\n    # why\n    y = (x - 1).mean(0) * 2  # é\n    return y, x.mean()\n")
-    assert "y = (x - 1 + x) * 2" in mutants.planted(text, "_a.sum(0)", "_a + x")
+    assert "y = (x - 1 + x) * 2" in mutants.planted(text, "_a.sum(0)", "_a + x")  # in brackets
     assert mutants.planted(text, "", "x = 1").splitlines()[2:] == [
         "    x = 1", *text.splitlines()[2:]]
     with pytest.raises(ValueError, match="nothing has the shape"):
         mutants.planted(text, "_a.max()", "_a")
 
 
-def check_noticed(functions, folder):
-    done = subprocess.run([sys.executable, str(ROOT / "assignments/mutants.py"), *functions],
-                          cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("0 "), done.stdout + done.stderr[-2000:]
-
-
-def test_wrong_answers_of_a_few_exercises_are_noticed(tmp_path):
-    check_noticed(["03_ddpo.ddpo_sf_objective", "05_eval.best_of_n_kl"], tmp_path)
-
-
 @pytest.mark.slow
 def test_wrong_answers_are_noticed(tmp_path):
     """Those of a twelfth of the exercises, others each day; with ALL_MUTANTS set, of all."""
     first, step = (0, 1) if "ALL_MUTANTS" in os.environ else (date.today().toordinal() % 12, 12)
-    check_noticed([exercise.function for exercise in EXERCISES[first::step]], tmp_path)
+    functions = [exercise.function for exercise in EXERCISES[first::step]]
+    done = subprocess.run([sys.executable, str(ROOT / "assignments/mutants.py"), *functions],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("0 "), done.stdout + done.stderr[-2000:]

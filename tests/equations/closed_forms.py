@@ -318,9 +318,10 @@ def by_hand(config, method, advantages):
             steps.append([shrink * slope for slope in gradient])
             for p, slope in zip(pipe.unet.parameters(), steps[-1]):
                 p -= config.learning_rate * slope
+            looked_at = a != 0 if method == "is" else a == a
             moved = (mean - trajectory.means[i, k]) / sigma
-            kl_old.append(T / 2 * moved.square().sum((1, 2, 3)))
-            outside.append((w - 1).abs() > config.clip_range)
+            kl_old.append(T / 2 * moved.square().sum((1, 2, 3))[looked_at])
+            outside.append(((w - 1).abs() > config.clip_range)[looked_at])
         rows.append({"grad_norm": length.item(), "kl_old": 0, "clip_fraction": 0})
         if method != "sf":
             rows[-1] |= {"kl_old": torch.cat(kl_old).mean().item(),

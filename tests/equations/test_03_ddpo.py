@@ -185,12 +185,6 @@ def test_a_fraction_keeps_other_steps_of_each_picture(fraction, kept):
         assert k.tolist() != ddpo.step_pairs(torch.arange(200), other, n)[1].tolist()
 
 
-def test_ratio_root_is_the_numbers_of_a_latent_for_per_dim_alone():
-    pipe = chain.make_pipe()
-    assert ddpo.ratio_root(pipe, ddpo.Config()) == 1
-    assert ddpo.ratio_root(pipe, ddpo.Config(ratio="per_dim")) == chain.D
-
-
 LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
             learning_rate=0.02, max_grad_norm=2.0, seed=3)
 CASES = {
@@ -233,6 +227,18 @@ def test_train_takes_k_steps_a_round_along_is_of_a_share_of_its_pictures(case, m
     assert case != "plain" or 0.1 < expected[1][0]["clip_fraction"] < 0.9
 
 
+def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(monkeypatch,
+                                                                              tmp_path):
+    """As of a prompt that is solved: its pictures all have the same reward."""
+    original = chain.reward_of
+    solved = torch.arange(10) < 5
+    monkeypatch.setattr(chain, "reward_of", lambda trajectory: original(trajectory).where(~solved,
+                                                                                        -9.0))
+    config = ddpo.Config(**LOOP, advantage_clip=1.5, out=str(tmp_path))
+    found = chain.rehearse(ddpo.train, config, monkeypatch)
+    chain.check_loop(found, chain.by_hand(config, "is", advantages_by_hand))
+
+
 def test_a_round_without_any_advantage_is_a_step_of_zero_that_asks_the_unet_nothing(monkeypatch,
                                                                                     tmp_path):
     monkeypatch.setattr(chain, "reward_of", lambda trajectory: torch.ones(10).double())
@@ -242,19 +248,6 @@ def test_a_round_without_any_advantage_is_a_step_of_zero_that_asks_the_unet_noth
     assert calls == [] and len(steps) == 6
     assert all(not slope.any() for step in steps for slope in step)
     assert [row["clip_fraction"] for row in rows] == [0, 0]
-
-
-def test_evaluation_is_of_noise_of_its_own_and_of_all_prompts_in_turn(monkeypatch):
-    def rollout(pipe, prompts, config, purpose, n=0):
-        assert (purpose, n) == ("evaluate", 0)
-        return SimpleNamespace(images=[prompt.upper() for prompt in prompts])
-
-    monkeypatch.setattr(ddpo.mdp, "rollout", rollout)
-    monkeypatch.setattr(ddpo.rewards, "score", lambda reward, *pair: [reward, *pair])
-    seen = ddpo.evaluate(None, ["a", "b"], "r", ddpo.Config(eval_samples=3))
-    wanted = ["a", "b", "a"], ["A", "B", "A"]
-    assert (seen["prompts"], seen["images"]) == wanted
-    assert seen["reward"] == ["r", *wanted[::-1]]
 
 
 @pytest.mark.parametrize("settings, named", (

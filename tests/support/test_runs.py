@@ -12,7 +12,7 @@ from torch import nn
 
 from support import figures, runs, training
 from tests import processes
-from tests.oracles import difference
+from tests.equations.closed_forms import difference
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ def test_an_address_is_four_words_for_numpy():
     assert training.PURPOSES[:11] == (
         "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches",
         "timesteps", "adapters", "value", "value batches")
-    for address in ((2**32, "train"), (-1, "train"), (0, "train", 0, 2**32), (0, "nonsense")):
-        with pytest.raises(ValueError):
-            training.random_stream(*address)
+    with pytest.raises(ValueError):
+        training.random_stream(0, "nonsense")
 
 
 @pytest.mark.parametrize("per_round, count", [(1, 4), (2, 5), (7, 3)])
