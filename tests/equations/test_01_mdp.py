@@ -273,7 +273,8 @@ def test_the_ratio_on_replay_is_exactly_one(dtype, scale, bound, pipe):
 
     Were the latents rounded to bfloat16 after they are scored, the ratio would be far from 1.
     """
-    pipe = copy.deepcopy(pipe).to(dtype)
+    pipe = copy.deepcopy(pipe)
+    pipe.unet.to(dtype)
     config = mdp.Config(num_steps=2, guidance_scale=scale, eta=0.8)
     trajectory = mdp.rollout(pipe, PROMPTS, config, "train")
     for stored in (trajectory.latents, trajectory.means, trajectory.log_probs):

@@ -109,7 +109,8 @@ def test_each_leash_is_another_training_and_beta_adapts(tmp_path):
         ["exact"], ["mse", "--target-kl", "1e-5"], ["reward"])]
     assert exact[0]["reward"] == mse[0]["reward"] == in_reward[0]["reward"]
     assert len({rows[1]["grad_norm"] for rows in (exact, mse, in_reward)}) == 3
-    assert mse[1]["beta"] == penalties.adapt_beta(0.5, mse[0]["kl"], 1e-5) != 0.5
+    assert mse[1]["beta"] == pytest.approx(penalties.adapt_beta(0.5, mse[0]["kl"], 1e-5))
+    assert mse[1]["beta"] != 0.5
     assert exact[1]["beta"] == 0.5
 
 
@@ -199,7 +200,7 @@ def fake_runs(monkeypatch):
             rows.append({"round": n + 1, "queries": 8 * n + 8, "kl": n, "reward": n,
                          "gold": beta - (n - 2) ** 2})
             for i, prompt in enumerate(training.prompts_of_round(prompts, config, n)):
-                pictures.append({"round": n + 1, "picture": i, "reward": 10 * len(prompt) + n})
+                pictures.append({"round": n + 1, "picture": i, "reward": 10 * (len(prompt) + n)})
         runs.write_rows(folder / "metrics.csv", rows)
         runs.write_rows(folder / "pictures.csv", pictures)
         film = training.spread_evenly(prompts, config.film_pictures)
@@ -269,7 +270,7 @@ def test_alignment_says_each_families_first_and_last_rounds(fake_runs, tmp_path)
         mean = 10 * sum(map(len, own)) / 2
         assert set(own) <= set(prompts) and row["family"] == family
         assert float(row["first round"]) == pytest.approx(mean, abs=0.6)
-        assert float(row["last four rounds"]) == pytest.approx(mean + 4.5, abs=0.6)
+        assert float(row["last four rounds"]) == pytest.approx(mean + 45, abs=0.6)
     (config,) = fake_runs
     assert (config.reward, config.prompts_per_round, config.seed) == ("vlm_alignment", 4, 3)
     with pytest.raises(ValueError, match="--prompts-per-family"):
