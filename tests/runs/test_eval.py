@@ -26,8 +26,8 @@ ddpo, dpok, ev = map(import_module, ("03_ddpo", "04_dpok", "05_eval"))
 COMPARE = 3  # where the comparison's noise stands in the address of a random number
 REWARD, GOLD = (f"{closed_forms.__file__}:{name}" for name in ("warmth", "lightness"))
 OTHER = "incompressibility"
-COMMON = ("--num-steps 2 --eta 0.8 --guidance-scale 1.5 --seed 5 --batch-size 7 --device cpu "
-          f"--reward {REWARD} --gold {GOLD} --others {OTHER}").split()
+COMMON = [*("--num-steps 2 --eta 0.8 --guidance-scale 1.5 --seed 5 --batch-size 7 --device cpu "
+            f"--others {OTHER}").split(), "--reward", REWARD, "--gold", GOLD]
 TRAIN = ("--num-steps 2 --seed 5 --device cpu --rounds 1 --prompts-per-round 1 "
          "--samples-per-prompt 2 --eval-samples 2").split()
 METHODS = ["RWR", "SFT", "DDPO_SF", "DDPO_IS", "DPOK", "DPOK_no_KL"]

@@ -11,8 +11,9 @@ from support import runs
 from tests import oracles
 from tests.equations import closed_forms
 
-COMMON = ("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval-samples 5 --seed 3 "
-          f"--weight-decay 1 --keep-every 1 --reward {closed_forms.__file__}:warmth")
+COMMON = [*("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval-samples 5 "
+            "--seed 3 --weight-decay 1 --keep-every 1").split(),
+          "--reward", f"{closed_forms.__file__}:warmth"]
 RUNS = {  # name: (script, its flags)
     "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 1000 --batch-size 5"),
     "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 280 "
@@ -40,10 +41,10 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     prompts = PROMPTS[2:] if request.param == "is_running" else PROMPTS
     (folder / "prompts.txt").write_text("\n".join(prompts))
-    words += f" --prompts {folder}/prompts.txt --out {folder}"
+    words = [*words.split(), "--prompts", f"{folder}/prompts.txt", "--out", str(folder)]
     if script == "04_dpok":
-        words += f" --gold {closed_forms.__file__}:lightness"
-    run = import_module(script).main([*COMMON.split(), *words.split()])
+        words += ["--gold", f"{closed_forms.__file__}:lightness"]
+    run = import_module(script).main([*COMMON, *words])
     method = getattr(run.config, "estimator", "dpok")
     return run, oracles.train(run.config, method, prompts, closed_forms.warmth,
                               closed_forms.lightness)

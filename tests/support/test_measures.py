@@ -14,8 +14,8 @@ SPECS = ("first", "second", "third", "fourth")
 CONFIG = SimpleNamespace(reward="first", gold="second", others=SPECS[2:], clip="tiny_sd/clip",
                          device="cpu", out="folder")
 REWARD = f"{closed_forms.__file__}:lightness"
-TINY = ("--rounds 2 --num-steps 2 --prompts-per-round 1 --samples-per-prompt 4 --eval-samples 2 "
-        f"--lora-rank 2 --device cpu --reward {REWARD} --prompts bias").split()
+TINY = [*("--rounds 2 --num-steps 2 --prompts-per-round 1 --samples-per-prompt 4 --eval-samples 2 "
+          "--lora-rank 2 --device cpu --prompts bias").split(), "--reward", REWARD]
 
 
 def gray(image):
