@@ -146,6 +146,7 @@ def test_every_equation_has_a_test_of_its_own_and_every_marker_a_function():
     assert marked - functions == set(), "markers of no function"
 
 
+@pytest.mark.slow
 def test_the_table_of_equations_is_printed_and_nothing_runs():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--equations",
                "tests/equations/test_04_dpok.py"]

@@ -42,6 +42,7 @@ def judged(folders, tmp_path_factory):
     return found, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run, places", [
     ("adapters", [(0, None), (2, "rounds/002"), (3, "")]),  # the run's end is kept, whatever N is
     ("all", [(0, None), (1, "rounds/001"), (2, "rounds/002")])])

@@ -125,7 +125,9 @@ def of(samples, model, seed=None):
     return [row for row in samples if row["model"] == model and seed in (None, row["seed"])]
 
 
-@pytest.mark.parametrize("model", ["pretrained", "adapters", "all_weights"])
+@pytest.mark.parametrize("model", [
+    "adapters", pytest.param("pretrained", marks=pytest.mark.slow),
+    pytest.param("all_weights", marks=pytest.mark.slow)])
 def test_each_sample_is_what_the_folder_alone_gives(model, compared, pipe):
     asked = plan(8)  # of two unseen prompts a family
     images, path_kl = draw(compared.folders.get(model), [prompt for _, _, prompt in asked])
@@ -193,6 +195,7 @@ def test_a_page_has_a_verdict_a_claim_and_the_figures_that_there_can_be(methods,
     assert compared.page.count("<img") == 4 and "No verdicts" in compared.page  # no best of n
 
 
+@pytest.mark.slow
 def test_nothing_of_an_earlier_call_stays_and_a_quick_tour_has_no_verdicts(tmp_path, capsys):
     for stale in ("best_of_n.png", "queries.png", "claims.csv"):
         (tmp_path / stale).write_text("stale")

@@ -146,6 +146,7 @@ def test_variance_looks_at_the_round_after_the_training_before_any_update(tmp_pa
         assert float(line["relative"]) == pytest.approx(value / others, abs=0.006)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "BLOCK", 50)

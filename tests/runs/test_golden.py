@@ -14,6 +14,7 @@ from tests.equations import closed_forms
 COMMON = [*("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval-samples 5 "
             "--seed 3 --weight-decay 1 --keep-every 1").split(),
           "--reward", f"{closed_forms.__file__}:warmth"]
+SLOW = ("is_running", "is_lora", "dpok_all")
 RUNS = {  # name: (script, its flags)
     "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 1000 --batch-size 5"),
     "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 280 "
@@ -35,7 +36,8 @@ FILM = {5: [0, 1, 2, 3, 4], 2: [0, 1], 1: [0]}  # film-pictures -> those of 5 th
 PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUNS])
 def pair(request, tmp_path_factory):
     script, words = RUNS[request.param]
     folder = tmp_path_factory.mktemp(request.param)

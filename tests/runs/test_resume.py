@@ -1,6 +1,6 @@
 """Runs that survive: killed and resumed, every script ends with the bits of a run left alone.
 
-`KILLS=10 python -m pytest tests/runs/test_resume.py` kills each of them ten times.
+`KILLS=10 python -m pytest -m "" tests/runs/test_resume.py` kills each of them ten times.
 """
 import os
 import random
@@ -27,7 +27,8 @@ def main(script, words):
     import_module(script).main(words)
 
 
-@pytest.mark.parametrize("script", SCRIPTS if KILLS > 1 else list(SCRIPTS)[:2])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(script, tmp_path):
     words = [*TINY, *SCRIPTS[script].split(), "--out", str(tmp_path)]
     log = tmp_path / "log"

@@ -26,6 +26,7 @@ def test_vocabulary_is_the_worlds_words_and_no_more(pipe):
     assert max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts) <= 16
 
 
+@pytest.mark.slow
 def test_vae_is_sharp_and_pictures_are_mostly_right_but_the_bias(pipe):
     pictures, _ = make_tiny_sd.draw_pairs(100, seed=12345)
     assert make_tiny_sd.measure_vae(pipe.vae, pictures) > 32  # dB
@@ -65,6 +66,7 @@ def test_pretraining_pairs_never_show_or_name_what_is_held_out():
     assert 0.6 < np.mean(right) < 0.8  # the captions are as noisy as CAPTION_NOISE says
 
 
+@pytest.mark.slow
 def test_writing_says_what_the_caption_says_also_where_that_is_wrong():
     rng, shares, lies = np.random.default_rng(3), {}, []
     pictures, captions = zip(*[web.sample_pair(rng) for _ in range(1000)])
