@@ -29,12 +29,12 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import flags, models, runs, training  # noqa: E402
+from support.figures import Figure  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout

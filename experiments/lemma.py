@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support import flags, models  # noqa: E402
+from support.figures import Figure  # noqa: E402
 
 mdp = import_module("01_mdp")  # ddim_coefficients, step_mean_std
 

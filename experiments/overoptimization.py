@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import commands, figures, flags, models, reward_models, runs, training  # noqa: E402
+from support.figures import Figure  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
 PROXY_BETAS = (0.0, 0.01, 0.1)

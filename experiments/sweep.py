@@ -19,11 +19,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import commands, flags  # noqa: E402
+from support.figures import Figure  # noqa: E402
 
 
 @dataclass(frozen=True)

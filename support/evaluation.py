@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from support import figures, models, runs
+from support.figures import Figure
 from support.measures import price
 from support.training import mean_se
 

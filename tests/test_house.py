@@ -69,6 +69,13 @@ def test_imports_run_downstairs_only(module):
     assert wrong_imports(module, SOURCES[module]) == []
 
 
+def test_figures_alone_import_matplotlib():
+    """support/figures.py makes what a shell or notebook has set for it not matter."""
+    for module in HOUSE:
+        found = any(name.startswith("matplotlib") for name in imports_of(SOURCES[module]))
+        assert found == (module == "support.figures"), module
+
+
 def test_equation_tests_hold_no_solution():
     for module in SOURCES:
         if module.startswith("tests.equations"):
