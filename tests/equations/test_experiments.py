@@ -32,6 +32,8 @@ def test_rwr_weights_by_hand():
 def test_sparse_weights_by_hand():
     w = sft.sparse_weights(torch.tensor([5.0, 1.0, 9.0, 3.0, 2.0]), list("aabaa"), 0.5)
     assert w.tolist() == [2.0, 0.0, 1.0, 2.0, 0.0]
+    w = sft.sparse_weights(torch.tensor([4.0, 3.0, 2.0, 1.0]), ["a"] * 4, 0.4)  # 1.6 of them: 2
+    assert w.tolist() == [2, 2, 0, 0]
     w = sft.sparse_weights(torch.arange(10.0), ["a"] * 10, 0.01)  # at least one is kept
     assert w.tolist() == [0.0] * 9 + [10.0]
 

@@ -210,6 +210,20 @@ def test_the_reference_is_the_pretrained_model_bit_for_bit(rank, own):
     assert sum(p.requires_grad for p in own.unet.parameters()) == len(params)
 
 
+@pytest.mark.equation("p_pre", "support.models.make_reference")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_is_frozen_and_a_second_network_only_without_adapters(rank, own):
+    models.trainable(own, settings(lora_rank=rank))
+    tuned = own.unet
+    with models.make_reference(own)():
+        assert (own.unet is tuned) == (rank > 0)
+        assert rank > 0 or not any(p.requires_grad for p in own.unet.parameters())
+    given = models.load_pipeline("tiny_sd", "cpu").unet
+    with models.make_reference(own, given)():
+        assert own.unet is given
+    assert own.unet is tuned
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_of_a_run_that_went_on_from_another_is_what_that_one_ended_with(
         rank, tmp_path):
