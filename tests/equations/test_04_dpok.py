@@ -250,6 +250,7 @@ def test_the_order_in_which_value_learns_is_drawn_anew_in_each_round():
     for n in (0, 1):
         value, (trajectory, r) = make_value(), round_of_pictures(0, 5)
         value.fit(trajectory, r, n, batch_size=8)
+        assert all(p.grad is None for p in value.parameters()), "a step's gradient is left"
         values.append(value.predict(trajectory))
     assert not torch.equal(*values)
 
