@@ -1,15 +1,16 @@
 """05 · Evaluation: who is better, and at what price.
 
 WHAT YOU LEARN. A reward that went up proves little: every method here can raise it. So we measure
-what we *meant*, the gold reward, on which nothing was trained; how much the pictures differ; and
-prompts that no training saw. We count what it cost: reward queries, UNet evaluations, and nats of
-path KL, E[Σ_t KL_t]. And we ask whether a difference would come back with the next training.
+what we *meant*, the gold reward, on which nothing was trained; how good and how different the
+pictures are; and what it cost: reward queries, UNet evaluations, and nats of path KL, E[Σ_t KL_t].
+And we ask whether a difference would come back with the next training. As in DPOK's experiments,
+each prompt has models of its own:
 
-    RWR, SFT            supervised: the present model's pictures, weighted by reward (DDPO), or
-                        the best fifth of the pretrained model's (DPOK, Figure 1a)
-    DDPO_SF, DDPO_IS    chapter 3's two estimators
-    DPOK, DPOK_no_KL    chapter 4, and the same with β = 0
+    SFT                 imitation of the best fifth of the pretrained pictures (DPOK, Figure 1a)
+    DDPO_IS             chapter 3
+    DPOK, DPOK_no_KL    chapter 4, and chapter 4 with β = 0 and settings of its own
     best of n           no training: the best of n pretrained pictures, n queries for each
+    ceiling             the best fifth itself: what imitation would have if it were perfect
 
 Each training seed has evaluation noise of its own, the same for all models. So the differences of
 two models, one number a seed, are independent, and tell of other seeds, on these same prompts.
@@ -19,93 +20,87 @@ two models, one number a seed, are independent, and tell of other seeds, on thes
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
 RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, then looks
-at run folders only, and writes runs/eval/index.html. EXPECT best of n to be ahead in the reward
-that it chose by. TRY `--seeds 5` for verdicts, `--quick` for a short tour, and `--runs A B` to
-compare any run folders. DEPARTURES. Only learning rate and updates per round are tuned
-(experiments/tune.py). EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's run:
-`--prompts location --runs runs/ddpo_is_alignment_location`.
+at run folders only, and writes runs/eval/index.html. EXPECT reinforcement learning to pass the
+ceiling on "four stars", where few pretrained pictures are good, and best of n to be ahead of it.
+TRY `--seeds 5` for verdicts, `--quick` for one prompt and two methods, and `--runs A B` to compare
+any run folders. DEPARTURES. Only learning rate and updates per round are tuned, and SFT's number of
+passes (experiments/tune.py). EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's
+run: `--prompts location --runs runs/ddpo_is_alignment_location`.
 """
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from scipy import stats
 from tqdm import tqdm
 
 from support import commands, evaluation, flags, models, runs, training
 from support.measures import Measures
-from support.prompts import families
+from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 dpok = import_module("04_dpok")  # step_means, path_kl
 
-METHODS = {  # method -> its script and flags, and its tuned learning rate and updates per round
-    "RWR": ("experiments/sft.py --data fresh --weights rwr", 1e-5, 2),
-    "SFT": ("experiments/sft.py --data fixed --weights sparse", 3e-3, 2),
-    "DDPO_SF": ("03_ddpo.py --estimator sf", 2e-3, 1),
-    "DDPO_IS": ("03_ddpo.py --estimator is", 1e-3, 5),
-    "DPOK": ("04_dpok.py", 3e-3, 20),
-    "DPOK_no_KL": ("04_dpok.py --beta 0", 3e-3, 20)}  # DPOK's, so that only β differs
-CLAIMS = (  # a sentence; in what, on which prompts, which model should be above which
-    ("RL is above supervised fine-tuning", "reward", "seen", "DDPO_IS", "SFT"),
-    ("RL is above supervised fine-tuning", "reward", "seen", "DDPO_IS", "RWR"),
-    ("RL is above supervised fine-tuning", "reward", "seen", "DPOK", "SFT"),
-    ("RL is above supervised fine-tuning", "reward", "seen", "DPOK", "RWR"),
-    ("RL is above supervised fine-tuning", "gold", "seen", "DPOK", "SFT"),
-    ("RL is above supervised fine-tuning", "aesthetic", "seen", "DPOK", "SFT"),
-    ("Importance sampling is above score functions", "reward", "seen", "DDPO_IS", "DDPO_SF"),
-    ("The score function is above RWR", "reward", "seen", "DDPO_SF", "RWR"),
-    ("With the KL term gold is higher", "gold", "seen", "DPOK", "DPOK_no_KL"),
-    ("With the KL term diversity is higher", "diversity", "seen", "DPOK", "DPOK_no_KL"),
-    ("Gains carry over to unseen prompts", "gold", "unseen", "DDPO_IS", "pretrained"),
-    ("Gains carry over to unseen prompts", "gold", "unseen", "DPOK", "pretrained"))
+METHODS = {  # method -> its script, its flags, and those that were tuned
+    "SFT": ("experiments/sft.py --data fixed --weights sparse",
+            "--learning-rate 0.001 --updates-per-round 2 --passes 4"),
+    "DDPO_IS": ("03_ddpo.py", "--learning-rate 0.001 --updates-per-round 5"),
+    "DPOK": ("04_dpok.py", "--learning-rate 0.001 --updates-per-round 20"),
+    "DPOK_no_KL": ("04_dpok.py --beta 0", "--learning-rate 0.001 --updates-per-round 5")}
+CLAIMS = (  # a sentence; in what, read off where, which model should be above which
+    ("RL is above imitation", "reward", "the end", "DPOK", "SFT"),
+    ("RL is above all that imitation could reach", "reward", "the end", "DPOK", "ceiling"),
+    ("With the KL term gold ends higher", "gold", "the end", "DPOK", "DPOK_no_KL"),
+    ("With the KL term gold is higher at equal KL", "gold", "equal KL", "DPOK", "DPOK_no_KL"))
 SHARED = (  # flags of every training
-    "model", "reward", "prompts", "rounds", "prompts_per_round", "samples_per_prompt",
-    "num_steps", "eta", "guidance_scale", "lora_rank", "lora_targets", "seed")
+    "model", "reward", "rounds", "samples_per_prompt", "num_steps", "eta", "guidance_scale",
+    "lora_rank", "lora_targets", "seed")
 
 
 @dataclass(frozen=True)
 class Config(rewards.RewardFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the hub
     runs: tuple[str, ...] = ()  # compare these run folders; default: train and compare METHODS
-    prompts: str = "tasks"  # trained on: tasks, tasks_sd, or what chapter 3 takes
+    prompts: tuple[str, ...] = ("an orange star", "four stars")  # each has models of its own
+    methods: tuple[Literal["SFT", "DDPO_IS", "DPOK", "DPOK_no_KL"], ...] = tuple(METHODS)  # to train
     reward: str = "image_reward"  # what all are trained on
     gold: str = "alignment"  # what is meant
-    others: tuple[str, ...] = ("aesthetic", "incompressibility")  # only measured
-    rounds: int = 20  # rounds of training
-    prompts_per_round: int = 5  # prompts per round
-    samples_per_prompt: int = 16  # pictures of each of them
+    others: tuple[str, ...] = ("aesthetic",)  # only measured
+    rounds: int = 40  # rounds of training; models are read after 1/8, 1/4, 1/2 and all of them
+    samples_per_prompt: int = 64  # pictures of each of them
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # with adapters
-    samples: int = 50  # pictures of each prompt family, of seen and unseen prompts each
-    best_of: tuple[int, ...] = (2, 6, 25)  # n; 6 pay about a training's queries
+    samples: int = 128  # pictures of each model on each prompt
+    pool: int = 640  # pretrained pictures of each prompt, for best of n and the ceiling
+    best_of: tuple[int, ...] = (4, 16, 64)  # n
     seeds: int = 1  # trainings of each method; verdicts need two, better five
     jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
-    quick: bool = False  # a short tour: too little training to conclude anything
+    quick: bool = False  # a short tour: one prompt, two methods, 640 queries
     seed: int = 0  # of the first training and its evaluation's noise; the next has 1 more
     out: str | None = None  # default: runs/eval; with a flag runs/quick or runs/eval_runs
     sd: bool = False  # the published settings for the full model become the defaults
 
 
-QUICK = dict(rounds=4, samples_per_prompt=4, samples=12, best_of=(2, 4))
+QUICK = dict(prompts=("an orange star",), methods=("SFT", "DPOK"), rounds=10)
 SD = flags.published("05_eval")
 
 # ---- is a difference more than chance? ------------------------------------------------------
 
 
-def paired_interval(a, b):
-    """d̄ ± t_{S−1}·s/√S and p = 2·P(T_{S−1} > |d̄|·√S/s),  d = a − b.  (S,), (S,) -> a dict
+def interval(d):
+    """d̄ ± t_{S−1}·s/√S and p = 2·P(T_{S−1} > |d̄|·√S/s).   (S,) -> a dict
 
     At 95 %. s is the standard deviation of d; where it is 0, seeds say nothing of others: p = 1.
     """
-    d = a - b
     S = len(d)
     t = stats.t(S - 1)
     mean = d.mean()
@@ -139,15 +134,22 @@ def verdict(difference, p, level=0.05):
     return "holds" if difference > 0 else "fails"
 
 
-def diversity(f):
-    """d_i = mean_{j≠i} (1 − cos(f_i, f_j)),  f CLIP's embeddings of one prompt's pictures.
+# ---- what needs no training -----------------------------------------------------------------
 
-    (N,D) -> (N,). Their mean is the diversity: the mean distance of two pictures.
+
+def best_of_n_weights(r, n):
+    """w_i = N·(F(r_i)^n − F(r_i⁻)^n) / m_i: how much more often best of n shows picture i.
+
+    n draws with replacement from the N pictures. F(r_i), F(r_i⁻): share of pictures with a reward
+    up to r_i, and below it; the m_i pictures with that very reward share evenly. (N,), n -> (N,)
     """
-    N = len(f)
-    f = f / f.norm(dim=1, keepdim=True)
-    distance = 1 - f @ f.T  # of a picture to itself: 0
-    return distance.sum(1) / (N - 1)
+    N = len(r)
+    _, place, m = r.unique(return_inverse=True, return_counts=True)
+    last = m.cumsum(0).double()
+    upto = (last / N) ** n
+    below = ((last - m) / N) ** n
+    w = N * (upto - below) / m
+    return w[place]
 
 
 def best_of_n_kl(n):
@@ -155,126 +157,165 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def ceiling_weights(r, keep=0.2):
+    """w_i = 1[r_i among the best share]/share: the pictures that SFT imitates.   (N,) -> (N,)"""
+    N = len(r)
+    n = max(1, round(keep * N))
+    best = r.argsort(descending=True, stable=True)[:n]
+    w = torch.zeros(N, dtype=torch.float64)
+    w[best] = N / n
+    return w
+
+
 # ---- trainings and their pictures -----------------------------------------------------------
 
 
-def command_of(method, config):
+def command_of(method, prompt, config):
     """The command of one training: script, flag, value, ...: what a reader could type."""
-    command, learning_rate, updates = METHODS[method]
+    command, tuned = METHODS[method]
     words = command.split()
     if words[0] != "03_ddpo.py":  # which measures no gold
         words += ["--gold", config.gold]
     if config.sd:
         words += ["--sd"]
     else:
-        words += ["--learning-rate", str(learning_rate)]
-        words += ["--updates-per-round", str(updates)]
+        words += tuned.split()
+    words += ["--prompts", prompt]
     words += commands.words_of(config, SHARED)
     words += commands.changed_words(config, rewards.RewardFlags)
-    kept = max(1, config.rounds // 4)  # weights for experiments/early_stopping.py
-    return [*words, "--keep-every", str(kept), "--eval-samples", "40"]
-
-
-def commands_of(config):
-    """Name of a run -> its command, for each method."""
-    seed = config.seed
-    return {f"{method}_seed{seed}": command_of(method, config) for method in METHODS}
+    kept = max(1, config.rounds // 8)
+    return [*words, "--keep-every", str(kept), "--eval-samples", "16"]
 
 
 def train(config):
-    """Model -> the folder of its training; trains with config.seed what is missing."""
+    """(prompt, model) -> the folder of its training; trains with config.seed what is missing."""
     if config.runs:
-        return runs.labels(config.runs)
+        labels = runs.labels(config.runs)
+        return {(prompt, model): labels[model] for prompt in config.prompts for model in labels}
     out = Path(config.out, "train")
-    wanted = commands_of(config)
+    wanted, folders = {}, {}
+    for prompt in config.prompts:
+        for method in config.methods:
+            name = runs.clean(f"{Path(prompt).stem}_{method}_seed{config.seed}")
+            wanted[name] = command_of(method, prompt, config)
+            folders[prompt, method] = out / name
     commands.train_missing(wanted, out, config.jobs)
-    return {method: out / name for method, name in zip(METHODS, wanted)}
+    return folders
 
 
-# ---- pictures, and what is measured of them -------------------------------------------------
+def kept_weights(folder):
+    """Reward queries -> the weights after 1/8, 1/4, 1/2 of the rounds, where kept, and all."""
+    saved = models.read_config(folder)
+    pictures = saved["prompts_per_round"] * saved["samples_per_prompt"]
+    found = {}
+    for k in (1, 2, 4):
+        n = saved["rounds"] // 8 * k
+        weights = Path(folder, "rounds", f"{n:03d}")
+        if weights.is_dir():
+            found[n * pictures] = weights
+    found[saved["rounds"] * pictures] = Path(folder)
+    return found
 
 
-def plan(config):
-    """What each model draws, a dict for each picture: seed, family, split, prompt; seen first.
+def read(pipe, reference, prompt, measures, config):
+    """All measures of a model on a prompt, means and errors, and its pictures.
 
-    --samples pictures of a family, at least 4 of each prompt where that allows it.
+    The noise is that of config.seed: the same for every model, and drawn by no training.
     """
-    requests = []
-    for place, split in enumerate(("seen", "unseen")):
-        for family, prompts in families(config.prompts).items():
-            most = max(1, config.samples // 4)
-            chosen = training.spread_evenly(prompts[place], most)
-            chosen = dict.fromkeys(chosen)  # each once
-            for prompt in chosen:
-                request = {"seed": config.seed, "family": family, "split": split, "prompt": prompt}
-                K = config.samples // len(chosen)
-                requests += [request] * max(2, K)
-    return requests
-
-
-def draw(pipe, requests, config, k=0):
-    """Pictures on the noise of config.seed: the same for every model, drawn by no training."""
-    prompts = [request["prompt"] for request in requests]
-    return mdp.rollout(pipe, prompts, config, "compare", k)
-
-
-def evaluate(pipe, reference, requests, measures, config):
-    """All measures of one model's pictures, a dict for each, and the pictures."""
-    trajectory = draw(pipe, requests, config)
+    prompts = training.spread_evenly(get_prompts(prompt), config.samples)
+    trajectory = mdp.rollout(pipe, prompts, config, "compare")
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, config)
-    kl = dpok.path_kl(pipe, trajectory, reference_means, config)
-    images = trajectory.images
-    return measures.rows(requests, images, kl.sum(1)), images
+    kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
+    columns = measures.columns(trajectory.images, prompts, kl)
+    row = {}
+    for name, values in columns.items():
+        row[name], row[name + "_se"] = training.mean_se(values)
+    return row, trajectory.images
 
 
-def best_of_n(pipe, requests, measures, config):
-    """"best of n" -> what evaluate gives, of the best by reward of n pretrained pictures each."""
-    prompts = [request["prompt"] for request in requests]
-    best_r = [-math.inf] * len(requests)
-    best_images = [None] * len(requests)
+def read_pool(pipe, prompt, measures, config):
+    """Model -> its measures: best of n and the ceiling, which weigh a pool of pretrained pictures.
+
+    n draws are n reward queries for each picture that is shown.
+    """
+    prompts = get_prompts(prompt) * config.pool
+    images = mdp.rollout(pipe, prompts, config, "pool").images
+    columns = measures.rewards_of(images, prompts)
+    r = columns["reward"]
+    weights = {"ceiling": ceiling_weights(r)}
+    for n in config.best_of:
+        weights[f"best of {n}"] = best_of_n_weights(r, n)
     found = {}
-    draws = max(config.best_of, default=0)
-    for k in tqdm(range(draws), "best of n", leave=False):
-        images = draw(pipe, requests, config, k).images  # k = 0: the noise of all models
-        r = measures.score("reward", images, prompts)
-        for i in range(len(requests)):
-            if r[i] > best_r[i]:
-                best_r[i] = r[i]
-                best_images[i] = images[i]
-        n = k + 1
-        if n in config.best_of:
-            kl = [best_of_n_kl(n)] * len(requests)
-            rows = measures.rows(requests, best_images, kl)
-            found[f"best of {n}"] = rows, list(best_images)
+    for model, w in weights.items():
+        found[model] = {name: (w * values).mean().item() for name, values in columns.items()}
+    for n in config.best_of:
+        found[f"best of {n}"]["kl"] = best_of_n_kl(n)
     return found
 
 
-def evaluate_all(folders, measures, config):
-    """Model -> what evaluate gives, all on the noise of config.seed."""
-    requests = plan(config)
+def read_all(folders, measures, config):
+    """prompt -> model -> its readings, from 0 queries on, and prompt -> model -> pictures."""
     machine = config.device, config.dtype
+    readings, images = {}, {}
     pipe = models.load_pipeline(config.model, *machine)
-    found = {}
-    found["pretrained"] = evaluate(pipe, nullcontext, requests, measures, config)
-    if not config.runs:
-        seen = [request for request in requests if request["split"] == "seen"]
-        found |= best_of_n(pipe, seen, measures, config)
-    for model in tqdm(folders, f"seed {config.seed}", unit="model"):
-        pipe, reference = models.load_run(folders[model], *machine)
-        found[model] = evaluate(pipe, reference, requests, measures, config)
-    return found
+    for prompt in config.prompts:
+        first, drawn = read(pipe, nullcontext, prompt, measures, config)
+        images[prompt] = {"pretrained": drawn}
+        readings[prompt] = {"pretrained": [{"queries": 0} | first]}
+        if len(get_prompts(prompt)) == 1:
+            for model, row in read_pool(pipe, prompt, measures, config).items():
+                readings[prompt][model] = [row]
+    for prompt, model in tqdm(folders, f"reading, seed {config.seed}", unit="run"):
+        own = list(readings[prompt]["pretrained"])
+        for queries, weights in kept_weights(folders[prompt, model]).items():
+            pipe, reference = models.load_run(weights, *machine)
+            row, images[prompt][model] = read(pipe, reference, prompt, measures, config)
+            own.append({"queries": queries} | row)
+        readings[prompt][model] = own
+    return readings, images
 
 
-def claims(rows):
-    """The slides' claims with their figures; one that fails is a finding, and says so."""
+# ---- from readings to verdicts --------------------------------------------------------------
+
+
+def at_kl(readings, kl, column):
+    """A column where the path KL is kl: on the straight line between two readings of a model."""
+    ordered = sorted(readings, key=lambda row: row["kl"])
+    x = [row["kl"] for row in ordered]
+    y = [row[column] for row in ordered]
+    return np.interp(kl, x, y)
+
+
+def difference(readings, column, place, a, b):
+    """d = a − b of one seed, the mean over prompts; at the end, or at the same path KL.
+
+    The same path KL is the largest that both models have been read at, or passed.
+    """
     found = []
-    for claim, metric, split, a, b in CLAIMS:
-        means = evaluation.seed_means(rows, metric, split)
-        if a in means and b in means:
-            row = {"claim": claim, "metric": metric, "split": split, "a": a, "b": b}
-            row |= paired_interval(means[a], means[b])
-            found.append(row)
+    for of_model in readings.values():
+        rows_a, rows_b = of_model[a], of_model[b]
+        if place == "the end":
+            d = rows_a[-1][column] - rows_b[-1][column]
+        else:
+            most = [max(row["kl"] for row in rows) for rows in (rows_a, rows_b)]
+            d = at_kl(rows_a, min(most), column) - at_kl(rows_b, min(most), column)
+        found.append(d)
+    return np.mean(found)
+
+
+def claims(readings):
+    """The slides' claims with their figures; one that fails is a finding, and says so.
+
+    readings: a dict of read_all for each seed.
+    """
+    first = next(iter(readings[0].values()))
+    found = []
+    for claim, column, place, a, b in CLAIMS:
+        if a in first and b in first:
+            d = np.array([difference(of_seed, column, place, a, b) for of_seed in readings])
+            row = {"claim": claim, "column": column, "at": place, "a": a, "b": b}
+            found.append(row | interval(d))
     adjusted = holm([row["p"] for row in found])
     for row, p in zip(found, adjusted):
         row["holm"] = p
@@ -286,24 +327,24 @@ def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD, QUICK)
     name = "quick" if config.quick else "eval_runs" if config.runs else "eval"
     config = replace(config, out=config.out or f"runs/{name}")
-    plan(config)  # what is wrong in a flag fails here, before training
-    measures = Measures(config, rewards, diversity)
+    for prompt in config.prompts:
+        get_prompts(prompt)  # what is wrong with it fails here, before training
+    measures = Measures(config, rewards)
     seeds = 1 if config.runs else config.seeds
     configs = [replace(config, seed=config.seed + i) for i in range(seeds)]
     folders = [train(of_seed) for of_seed in configs]
-    rows, images = {}, {}
+    readings, images = [], []
     for of_seed, trained in zip(configs, folders):
-        found = evaluate_all(trained, measures, of_seed)
-        for model, (measured, drawn) in found.items():
-            rows.setdefault(model, []).extend(measured)
-            images.setdefault(model, drawn)  # the first seed's are shown
+        found, drawn = read_all(trained, measures, of_seed)
+        readings.append(found)
+        images.append(drawn)
     judged = []
     if seeds > 1 and not config.quick:
-        judged = claims(rows)
-    lines = evaluation.write(config, rows, judged, folders, images)
+        judged = claims(readings)
+    lines = evaluation.write(config, readings, judged, folders[0], images[0])
     print("\n".join(lines))
     print(f"All of it on one page: {config.out}/index.html")
-    return rows, judged
+    return readings, judged
 
 
 if __name__ == "__main__":
