@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from support import commands, evaluation, flags, models, training
+from support import commands, evaluation, models, training
 from support.prompts import TASKS
 from tests import oracles
 from tests.equations import closed_forms
@@ -206,18 +206,3 @@ def test_nothing_of_an_earlier_call_stays_and_a_quick_tour_has_no_verdicts(tmp_p
     assert max(map(len, printed.splitlines()[:10])) <= 100
     left = {path.name for path in tmp_path.iterdir()}
     assert not left & {"claims.csv", "queries.png"} and "best_of_n.png" in left  # none is of GOLD
-
-
-@pytest.mark.parametrize("words, named", [
-    ("--runs nowhere", "--runs nowhere"), ("--runs RUN RUN", "given twice"),
-    ("--gold beauty", "--gold beauty"), ("--others beauty", "--others beauty"),
-    ("--prompts dogs", "--prompts dogs")])
-def test_bad_input_is_one_message_naming_the_flag(words, named, compared, tmp_path, capsys,
-                                                  monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "train_missing", None)
-    words = words.replace("RUN", str(compared.folders["adapters"])).split()
-    with pytest.raises(SystemExit) as exit:
-        flags.run(lambda: ev.main(["--device", "cpu", *words]))
-    assert exit.value.code == 2 and named in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
