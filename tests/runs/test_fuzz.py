@@ -25,6 +25,7 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--reward missing.py:f", "missing.py"),
     ("03_ddpo", "--reward my.py:few", "1 numbers for 2"),
     ("02_rewards", "--rewards aesthetic --clip bytes", "--clip bytes"),
+    ("02_rewards", "--rewards alignment,beauty", "--rewards beauty"),
     ("01_mdp", "--model folder", "--model folder"), ("01_mdp", "--model ''", "--model"),
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
     ("01_mdp", "--out x.gif", "--out x.gif"), ("01_mdp", "--out empty/x.png", "empty"),
