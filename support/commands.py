@@ -28,14 +28,16 @@ def train_missing(commands, out, jobs=1):
         raise ValueError("this script starts others: start it without torchrun")
     missing = {}
     for name, command in commands.items():
-        folder, settings = Path(out, name), settings_of(command)
+        folder = Path(out, name)
+        new = [*command, "--name", name, "--out", str(out)]
+        settings = settings_of(new)
         if is_finished(folder):
             check_settings(folder, settings)
         elif Path(folder, CHECKPOINT).is_file():
             check_settings(folder, settings)
             missing[folder] = [*command, "--resume", str(folder)]
         else:
-            missing[folder] = [*command, "--name", name, "--out", str(out)]
+            missing[folder] = new
     running = {}  # folder -> process
     try:
         for folder, command in missing.items():
@@ -64,8 +66,16 @@ def take_ended(running, commands):
 
 
 def settings_of(command):
-    """Field -> value of the Config that a command's script makes of its flags and defaults."""
+    """Field -> value of the Config that a command's script makes of its flags and defaults.
+
+    ValueError for a flag that stands twice: one that was passed on would replace the run's own.
+    """
     script, *words = command
+    names = [word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in words
+             if word.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} behind -- : each run gets its own")
     module = load_module(HERE / script)  # importing a script does nothing
     return asdict(flags.parse(module.Config, module.__doc__, words, getattr(module, "SD", None)))
 
@@ -113,23 +123,6 @@ def as_typed(command):
     """What a reader types in the present folder to do the same."""
     script, *words = command
     return shlex.join(["python", os.path.relpath(HERE / script), *words])
-
-
-def split_flags(argv, taken):
-    """Own flags, and those behind "--", which are for the scripts that are started.
-
-    taken: flags that must not be passed on, because each started run gets its own value of them.
-    """
-    words = sys.argv[1:] if argv is None else list(argv)
-    if "--" not in words:
-        return words, []
-    place = words.index("--")
-    own, passed_on = words[:place], words[place + 1:]
-    for word in passed_on:
-        name = word.partition("=")[0].replace("_", "-")
-        if name in taken or name.replace("--no-", "--") in taken:
-            raise ValueError(f"{name} behind -- : each run gets its own")
-    return own, passed_on
 
 
 def words_of(config, names):

@@ -137,8 +137,7 @@ def test_after_a_failure_none_is_started_and_those_that_run_are_waited_for(scrip
     assert finished(tmp_path) == ["a", "b", "c"] and (tmp_path / "b-unfinished-1").is_dir()
 
 
-def test_flags_behind_two_dashes_are_passed_on():
-    assert commands.split_flags(["--x", "--", "--y", "--"], ()) == (["--x"], ["--y", "--"])
-    for word in ("--beta=1", "--learning_rate", "--no-value"):
+def test_a_flag_that_is_passed_on_does_not_replace_the_runs_own(script, tmp_path):
+    for words in ("--beta 1 --beta=2", "--sd --no_sd", "--name other"):
         with pytest.raises(ValueError, match="behind --"):
-            commands.split_flags(["--", word], ("--beta", "--learning-rate", "--value"))
+            commands.train_missing({"a": [script, *words.split()]}, tmp_path)
