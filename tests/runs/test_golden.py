@@ -111,6 +111,8 @@ def test_looks_at_fresh_noise_are_those_of_a_plain_slow_training(pair):
             found = row[column], row[column + "_se"]
             wanted = pytest.approx((np.mean(values), error), rel=2e-3, abs=2e-3)
             assert found == wanted, f"{where}: {name}, {column}"
+    if "kl" in after:
+        assert sum(run.after["kl_of_steps"]) == pytest.approx(np.mean(after["kl"]), rel=2e-3)
     _, frames = runs.read_film(run.folder)
     places = FILM[min(run.config.film_pictures, 5)]
     for queries, look in looks.items():
