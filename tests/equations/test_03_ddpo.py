@@ -118,24 +118,13 @@ def test_equal_rewards_give_advantages_of_zero(baseline):
 
 
 @pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
-def test_running_advantage_by_hand_over_rounds():
-    history = {}
-    first = ddpo.running_advantage(torch.tensor([1, 3]), ["a", "b"], history, 3, 2)
-    assert first.tolist() == [-1.0, 1.0] and first.dtype == torch.float64  # the round's: 2 ± 1
-    second = ddpo.running_advantage(torch.tensor([5.0, 9.0]), ["a", "c"], history, 3, 2)
-    assert second.tolist() == [1.0, 1.0]  # a: 5 of 1, 5; c: 9 of the round's 5, 9
-    third = ddpo.running_advantage(torch.tensor([6.0, 10.0]), ["a", "a"], history, 3, 2)
-    spread = math.sqrt(((5 - 7) ** 2 + (6 - 7) ** 2 + (10 - 7) ** 2) / 3)
-    assert third.tolist() == pytest.approx([-1 / spread, 3 / spread])
-    assert history == {"a": [5.0, 6.0, 10.0], "b": [3.0], "c": [9.0]}
-
-
-@pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
 def test_a_prompt_is_trusted_from_16_rewards_on_and_only_its_latest_32_count():
     history = {"a": [0.0] * 14, "b": [0.0] * 15, "c": [9.0, *[0.0] * 31]}
-    A = ddpo.running_advantage(torch.tensor([1.0, 1.0, 4.0]), ["a", "b", "c"], history)
-    by_hand = [(1 - 2) / math.sqrt(2), 15 / 16 / math.sqrt(15 / 256), (31 / 8) / math.sqrt(31 / 64)]
-    assert A.tolist() == pytest.approx(by_hand)  # the round's: 2 ± √2
+    A = ddpo.running_advantage(torch.tensor([1, 1, 4, 4]), ["a", "b", "c", "c"], history)
+    of_round, of_b = (1 - 2.5) / 1.5, (1 - 1 / 16) / math.sqrt(15 / 256)
+    of_c = (4 - 8 / 32) / math.sqrt(32 / 32 - 1 / 16)  # of 30 times 0, and both of this round
+    assert A.dtype == torch.float64 and A.tolist() == pytest.approx([of_round, of_b, of_c, of_c])
+    assert history == {"a": [0] * 14 + [1], "b": [0] * 15 + [1], "c": [0] * 30 + [4, 4]}
 
 
 def test_advantages_are_the_chosen_kind_cut_to_the_clip():
