@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.equations import closed_forms as chain
-from tests.equations.closed_forms import T, double, randn, stable_scheduler
+from tests.equations.closed_forms import CASES, LOOP, T, double, randn, stable_scheduler
 
 ddpo = import_module("03_ddpo")
 
@@ -157,20 +157,6 @@ def test_a_fraction_keeps_other_steps_of_each_picture(fraction, kept):
     assert again.tolist() == steps[7]  # whoever stands beside it in the minibatch
     for other, n in ((config, 1), (replace(config, seed=1), 0)):
         assert k.tolist() != ddpo.step_pairs(torch.arange(200), other, n)[1].tolist()
-
-
-LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
-            learning_rate=0.02, max_grad_norm=2.0, seed=3)
-CASES = {
-    "plain": dict(),
-    "no step weights": dict(step_weight="none"),
-    "a large gradient is not cut": dict(max_grad_norm=math.inf, learning_rate=1e-3),
-    "batches of 7": dict(train_batch_size=7),
-    "another eta": dict(eta=0.5),
-    "guidance": dict(guidance_scale=3.0),
-    "the ratio's D-th root": dict(ratio="per_dim", clip_range=0.02, max_grad_norm=0.2),
-    "half of the steps": dict(timestep_fraction=0.5, train_batch_size=7),
-}
 
 
 def advantages_by_hand(trajectory, prompts, n):
