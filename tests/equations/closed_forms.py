@@ -227,7 +227,7 @@ def rehearse(loop, config, monkeypatch, *more):
         yield
         pipe.unet = tuned
 
-    def get_reward(spec, config, device=None, flag="--reward"):
+    def get_reward(spec, config, flag="--reward"):
         return {"--reward": reward_of, "--gold": gold_of}[flag]
 
     monkeypatch.setitem(loop.__globals__, "get_prompts", lambda name: ["p", "q"])

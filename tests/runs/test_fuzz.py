@@ -38,7 +38,7 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
     ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),
     ("05_eval", "--runs nowhere", "--runs nowhere"), ("05_eval", "--gold nonsense", "--gold"),
-    ("05_eval", "--prompts dogs", "--prompts dogs")]
+    ("05_eval", "--prompts dogs", "05_eval.py: --prompts dogs")]
 FOUND_LATE = "--learning-rate 1e300", "--beta 1e300", "--reward my.py:few"  # as it trains
 
 
