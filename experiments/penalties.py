@@ -112,8 +112,8 @@ def train(config):
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():
             reference_means = dpok.step_means(pipe, trajectory, config)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
-        g = rewards.score(gold, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
+        g = rewards.score(gold, trajectory.images, prompts)
         V = baseline.predict(trajectory)
         if config.kl == "reward":
             log_prob = trajectory.log_probs
@@ -144,7 +144,8 @@ def train(config):
             optimizer.zero_grad()
         baseline.fit(trajectory, r, n)
         kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
-        run.log(n, reward=r, grad_norm=grad_norm, gold=g, kl=kl, **leash)
+        run.log(n, reward=r, grad_norm=grad_norm, gold=g, kl=kl,
+                beta=torch.full_like(kl, leash["beta"]))
         if config.target_kl:
             leash["beta"] = adapt_beta(leash["beta"], kl.mean().item(), config.target_kl)
 
