@@ -12,13 +12,15 @@ that was made with other settings. Flags behind a lone -- are passed on to chapt
 
 EXPECT a small rise from a high start, most for the family that starts lowest. BERTScore's recall
 takes little off for one wrong word, so a picture that is half wrong is still paid well.
-WRITES the run folder runs/prompt_alignment/ and its prompts, runs/prompt_alignment.txt.
+WRITES the run folder runs/prompt_alignment/ and its prompts, runs/prompt_alignment_FAMILIES.txt.
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+
+from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
@@ -27,8 +29,6 @@ from support.prompts import get_prompts  # noqa: E402
 
 LAST = 4  # rounds of the table's last column
 Family = Literal["color", "count", "composition", "location", "bias"]
-OWN = ("--reward", "--prompts", "--rounds", "--prompts-per-round", "--samples-per-prompt", "--name",
-       "--out")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,7 @@ class Config:
     samples_per_prompt: int = 8  # pictures of each prompt in each round
     name: str = "prompt_alignment"  # the run's folder, and how the file of its prompts begins
     out: str = "runs"  # folder of all runs
-
-
-def family_of_prompts(config):
-    """Prompt -> its family, in the order of the run's prompts."""
-    if not config.families:
-        raise ValueError("--families takes at least one family of prompt")
-    families = {}
-    for family in config.families:
-        for prompt in training.spread_evenly(get_prompts(family), config.prompts_per_family):
-            families[prompt] = family
-    return families
+    flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 3
 
 
 def rows_of(folder, families):
@@ -62,30 +52,30 @@ def rows_of(folder, families):
         rewards.setdefault((families[prompt], n), []).append(row["reward"])
     rows = []
     for family in dict.fromkeys(families.values()):
-        first = rewards[family, 0]
-        last = sum((rewards[family, n] for n in range(settings.rounds)[-LAST:]), [])
+        last = []
+        for n in range(settings.rounds)[-LAST:]:
+            last += rewards[family, n]
         rows.append({"family": family,
-                     "first round": tables.rounded(*training.mean_se(first)),
+                     "first round": tables.rounded(*training.mean_se(rewards[family, 0])),
                      "last four rounds": tables.rounded(*training.mean_se(last))})
     return rows
 
 
 def main(argv=None):
-    own, passed_on = commands.split_flags(argv, OWN)
-    config = flags.parse(Config, __doc__, own)
-    families = family_of_prompts(config)
+    config = flags.parse(Config, __doc__, argv)
+    families = {}  # prompt -> its family
+    for family in config.families:
+        for prompt in training.spread_evenly(get_prompts(family), config.prompts_per_family):
+            families[prompt] = family
     folder = Path(config.out, config.name)
-    file = Path(f"{folder}.txt")
+    # Other prompts have another file: so a run that has learned from them is refused.
+    file = Path(f"{folder}_{'_'.join(config.families)}_{config.prompts_per_family}.txt")
     command = ["03_ddpo.py", "--reward", "vlm_alignment", "--prompts", str(file),
-               "--prompts-per-round", str(len(families)), "--samples-per-prompt",
-               str(config.samples_per_prompt), "--rounds", str(config.rounds), *passed_on]
+               "--prompts-per-round", str(len(families)),
+               *commands.words_of(config, ("samples_per_prompt", "rounds")), *config.flags]
     commands.settings_of(command)  # a wrong flag is refused before the file is written
-    text = "\n".join(families) + "\n"
-    if folder.exists() and file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{folder} was made with other --families or --prompts-per-family: move "
-                         "it away, or choose another --name")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    file.write_text("\n".join(families) + "\n", encoding="utf-8")
     commands.train_missing({config.name: command}, config.out)
     rows = rows_of(folder, families)
     print(f"\nMean of vlm_alignment in training:\n{tables.as_text(rows)}")

@@ -17,26 +17,16 @@ def summary_of(folder):
     return json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
 
 
-def ends_of(folder, names=("kl", "reward", "gold")):
-    """What a run ended with: {"kl": ..., "kl error": ..., ...}."""
-    summary, row = summary_of(folder), {}
-    for name in names:
-        error = summary[name]["after_se"]
-        row[name] = rounded(summary[name]["after"], error)
-        row[f"{name} error"] = rounded(error, error)
-    return row
-
-
-def gains_of(folder):
+def gains_of(folder, names=("reward", "gold", "kl")):
     """What a run was before and after, and gained: {"queries": ..., "reward before": ..., ...}."""
     summary = summary_of(folder)
     row = {"queries": summary["queries"]}
-    for name in ("reward", "gold", "kl"):
-        if name in summary:
+    for name in names:
+        if name in summary:  # chapter 3 measures no gold
+            measured = summary[name]
             for part in ("before", "after", "gain"):
-                error = summary[name][f"{part}_se"]
-                row[f"{name} {part}"] = rounded(summary[name][part], error)
-            row[f"{name} gain_se"] = rounded(error, error)
+                row[f"{name} {part}"] = rounded(measured[part], measured[f"{part}_se"])
+            row[f"{name} gain_se"] = rounded(measured["gain_se"], measured["gain_se"])
     return row
 
 

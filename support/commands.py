@@ -3,9 +3,10 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -26,25 +27,40 @@ def train_missing(commands, out, jobs=1):
         raise ValueError("this script starts others: start it without torchrun")
     missing = {}
     for name, command in commands.items():
-        folder, settings = Path(out, name), settings_of(command)
+        folder = Path(out, name)
+        new = [*command, "--name", name, "--out", str(out)]
+        settings = settings_of(new)
         begun = (folder / "config.json").is_file()
         if begun:
             runs.check_settings(folder, settings, "move it away, or choose another --out")
         if not runs.is_finished(folder):
-            where = ["--resume", str(folder)] if begun else ["--name", name, "--out", str(out)]
-            missing[f"{folder}.log"] = [*command, *where]
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        started = [pool.submit(start, command, log, jobs) for log, command in missing.items()]
-        for ended in as_completed(started):
-            ended.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for those that run; Ctrl-C has reached them too
+            go_on = [*command, "--resume", str(folder)]
+            missing[f"{folder}.log"] = go_on if begun else new
+    failed = Event()
+
+    def run(command, log):
+        if not failed.is_set():
+            try:
+                start(command, log, jobs)
+            except Exception:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(jobs) as pool:  # waits for all that run, also where one has failed
+        list(pool.map(run, missing.values(), missing))
 
 
 def settings_of(command):
-    """Field -> value of the Config that a command's script makes of its flags and defaults."""
+    """Field -> value of the Config that a command's script makes of its flags and defaults.
+
+    ValueError for a flag that stands twice: one that was passed on would replace the run's own.
+    """
     script, *words = command
+    names = [word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in words
+             if word.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} behind -- : each run gets its own")
     module = load_module(HERE / script)  # importing a script does nothing
     return asdict(flags.parse(module.Config, module.__doc__, words, getattr(module, "SD", None)))
 
