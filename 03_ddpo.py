@@ -165,7 +165,6 @@ def step_pairs(pictures, config, n):
 
 def check(config, needs_others):
     """ValueError for flags that contradict each other, before any work is done."""
-    runs.check_folder(config)
     pictures = config.prompts_per_round * config.samples_per_prompt
     if needs_others and config.samples_per_prompt < 2:
         raise ValueError("--samples-per-prompt must be at least 2: the others are the baseline")
@@ -210,7 +209,7 @@ def reinforce(config):
         training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
         A = advantages(r, prompts, baseline, config)
         A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 
@@ -275,7 +274,7 @@ def train(config):
         training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
         A = advantages(r, prompts, baseline, config)
         A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 

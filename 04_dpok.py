@@ -261,8 +261,8 @@ def train(config, Baseline=Value):
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():
             reference_means = step_means(pipe, trajectory, config)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
-        g = rewards.score(gold, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
+        g = rewards.score(gold, trajectory.images, prompts)
         A = value_advantage(r, baseline.predict(trajectory), prompts)
         A = A.to(step_weight) * step_weight  # (B,T)·(T,) -> (B,T)
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from support import models
-from tests.equations.closed_forms import (  # noqa: F401 (others read them from here, too)
-    difference, gaussian, lightness, linear_steps, randn, stable_scheduler, warmth)
+from tests.equations.closed_forms import gaussian, linear_steps
 
 # Where a purpose stands in the address of a random number.
 TRAIN, EVALUATE, PROMPTS, MINIBATCHES, TIMESTEPS, ADAPTERS, VALUE, VALUE_BATCHES = (

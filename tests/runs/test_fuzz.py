@@ -32,6 +32,8 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--out empty", "empty"), ("03_ddpo", "--name ''", "--name"),
     ("03_ddpo", "--name taken", "--name taken"), ("03_ddpo", "--resume folder", "--resume folder"),
     ("04_dpok", "--lora-targets nonsense", "--lora-targets"),
+    ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
+    ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),
     ("05_eval", "--runs nowhere", "--runs nowhere"), ("05_eval", "--gold nonsense", "--gold"),
     ("05_eval", "--prompts dogs", "--prompts dogs")]
 FOUND_LATE = "--learning-rate 1e300", "--beta 1e300", "--reward my.py:few"  # as it trains
