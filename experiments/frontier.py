@@ -146,11 +146,10 @@ def check(config):
     folders = runs.labels(config.runs)
     wanted = {name: getattr(config, name) for name in SAME}
     for folder in folders.values():
-        saved = models.read_config(folder)
-        runs.check_settings(f"--runs {folder}", saved, wanted, "its place is under another curve")
+        runs.check_settings(folder, wanted, "its place is under another curve")
     if Path(config.out, "pictures.csv").is_file():
         wanted |= {"gold": config.gold, "seed": config.seed}
-        commands.check_settings(Path(config.out), wanted)
+        runs.check_settings(config.out, wanted, "move it away, or choose another --out")
     return folders
 
 

@@ -289,6 +289,7 @@ def by_hand(config, method, advantages):
         if method != "sf":
             updates = config.updates_per_round
             order = training.permutation(len(prompts), config.seed, "minibatches", n)
+        rate = config.learning_rate * (1 - n / config.rounds if config.anneal else 1)
         kl_old, outside = [], []
         for pictures in order.tensor_split(updates):
             i, k = pairs_by_hand(pictures, config, n)
@@ -308,7 +309,7 @@ def by_hand(config, method, advantages):
             shrink = min(1, config.max_grad_norm / length)
             steps.append([shrink * slope for slope in gradient])
             for p, slope in zip(params, steps[-1]):
-                p.data -= config.learning_rate * slope
+                p.data -= rate * slope
             looked_at = a != 0 if method == "is" else a == a
             moved = (mean - trajectory.means[i, k]) / sigma
             kl_old.append(T / 2 * moved.square().sum((1, 2, 3))[looked_at])

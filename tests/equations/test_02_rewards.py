@@ -301,8 +301,6 @@ def second(images, prompts):
     return [2, 1, 3, 6, 5, 4]
 def light(images, prompts):
     return [sum(image.convert("L").tobytes()) / 4096 for image in images]
-def bad(images, prompts):
-    return [float("nan")] * len(images)
 """
 PROMPTS = ["a red circle", "two blue stars"]
 
@@ -330,5 +328,3 @@ def test_main_draws_with_its_flags_and_prints_means_and_rank_correlations(
     # 3½ 1½ 5½ 5½ 3½ 1½: ρ = 10 / √(17.5 · 16).
     assert [row[-4:-1] for row in rows[5:8]] == [
         ["1.00", "0.60", "0.60"], ["0.60", "1.00", "1.00"], ["0.60", "1.00", "1.00"]]
-    with pytest.raises(ValueError, match=f"{tmp_path}/bad_reward.png"):  # beside the sheet
-        rewards.main([*words, "--rewards", f"{file}:bad"])
