@@ -283,7 +283,7 @@ def main(argv=None):
 
     scores = {}
     for name, reward in zip(names, rewards):
-        scores[name] = score(reward, images, prompts, out.parent)
+        scores[name] = score(reward, images, prompts)
     shape = len(config.prompts), config.samples
     mean, within = [], []
     for r in scores.values():

@@ -102,13 +102,13 @@ def measure(path, saved, gold, config):
     all_prompts = get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
     trajectory = mdp.rollout(pipe, prompts, settings, "labels", saved["seed"])
-    g = rewards.score(gold, trajectory.images, prompts, config.out)
+    g = rewards.score(gold, trajectory.images, prompts)
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, settings)
     kl = dpok.path_kl(pipe, trajectory, reference_means, settings).sum(1)
     prompts = training.spread_evenly(all_prompts, config.samples)
     images = mdp.rollout(pipe, prompts, settings, "truth").images
-    truth = rewards.score(gold, images, prompts, config.out)
+    truth = rewards.score(gold, images, prompts)
     numbers = (*training.mean_se(g), kl.mean().item(), *training.mean_se(truth))
     names = ("labels_mean", "labels_se", "path_kl", "gold", "gold_se")
     return {name: round(number, 4) for name, number in zip(names, numbers)}

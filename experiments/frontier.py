@@ -139,11 +139,10 @@ def check(config):
     folders = runs.labels(config.runs)
     wanted = {name: value for name, value in asdict(config).items() if name not in OWN}
     for folder in folders.values():
-        saved = models.read_config(folder)
-        runs.check_settings(f"--runs {folder}", saved, wanted, "its place is under another curve")
+        runs.check_settings(folder, wanted, "its place is under another curve")
     if Path(config.out, "pictures.csv").is_file():
         wanted |= {"gold": config.gold, "seed": config.seed}
-        commands.check_settings(config.out, wanted)
+        runs.check_settings(config.out, wanted, "move it away, or choose another --out")
     return folders
 
 
@@ -159,8 +158,8 @@ def draw_pictures(config, reward, gold):
     first, end = len(rows) // BLOCK, math.ceil(config.pictures / BLOCK)
     for k in tqdm(range(first, end), "pretrained pictures", end, initial=first, unit="block"):
         images = mdp.rollout(pipe, prompts, config, "frontier", k).images
-        r = rewards.score(reward, images, prompts, folder)
-        g = rewards.score(gold, images, prompts, folder)
+        r = rewards.score(reward, images, prompts)
+        g = rewards.score(gold, images, prompts)
         rows += rows_of(("reward", "gold"), r, g)
         runs.write_rows(path, rows)  # a stop leaves the old file or the new one
     numbers = [[row["reward"], row["gold"]] for row in rows[:config.pictures]]

@@ -13,7 +13,7 @@ class Measures:
     """
 
     def __init__(self, config, rewards, diversity):
-        self.chapter, self.diversity, self.folder = rewards, diversity, config.out
+        self.chapter, self.diversity = rewards, diversity
         self.rewards = {"reward": rewards.get_reward(config.reward, config),
                         "gold": rewards.get_reward(config.gold, config, flag="--gold")}
         for name in config.others:
@@ -22,7 +22,7 @@ class Measures:
 
     def score(self, column, images, prompts):
         """One reward's numbers.  -> (B,)"""
-        return self.chapter.score(self.rewards[column], images, prompts, self.folder)
+        return self.chapter.score(self.rewards[column], images, prompts)
 
     def rows(self, requests, images, kl):
         """A dict for each picture: its place, its request, all that is measured, to four decimals.

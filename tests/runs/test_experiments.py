@@ -89,7 +89,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path)
     saved = [v.norm().item() for v in load_file(run.folder / models.ADAPTER).values()]
     assert sorted(saved) == pytest.approx(sorted(p.norm().item() for p in params), rel=1e-3)
     assert [row["queries"] for row in run.rows] == [6, 12]
-    assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and commands.is_finished(run.folder)
+    assert run.rows[0]["kl"] < 1e-3 < run.rows[1]["kl"] and runs.is_finished(run.folder)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -186,17 +186,18 @@ def fake_runs(monkeypatch):
         film = training.spread_evenly(prompts, config.film_pictures)
         runs.write_json(folder / "film" / "prompts.json", film)
         for k in range(5):
-            figures.strip([Image.new("RGB", (8, 8), (len(config.reward), 9 * k, i))
-                           for i in range(len(film))]).save(folder / "film" / f"{8 * k:06d}.png")
+            frame = folder / "film" / str(8 * k)
+            frame.mkdir()
+            for i in range(len(film)):
+                picture = Image.new("RGB", (8, 8), (len(config.reward), 9 * k, i))
+                picture.save(frame / f"{i}.png")
         figures.sheet(folder / "film.png", [[Image.new("RGB", (8, 8))]], ["x"], ["y"])
         numbers = {name: {"title": name, "before": beta - k, "before_se": 0.25, "gain": 11.0 * k,
                           "after": 10.0 * k + beta, "after_se": 0.5 + k, "gain_se": 0.125}
                    for k, name in enumerate(("reward", "gold", "kl"))}
         runs.write_json(folder / "evaluation.json", numbers | {"queries": 99, "seconds": 7.4})
 
-        return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
-
-    monkeypatch.setattr(commands, "begin", start)
+    monkeypatch.setattr(commands, "start", start)
     return started
 
 
@@ -341,7 +342,7 @@ def test_no_flag_is_parsed_and_dropped(name):
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
     (overoptimization, "-- --value", "--value")])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands, "begin", None)  # nothing is started
+    monkeypatch.setattr(commands, "start", None)  # nothing is started
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         flags.run(partial(script.main, words.split()))
