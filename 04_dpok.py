@@ -256,6 +256,7 @@ def train(config, Baseline=Value):
     run = runs.Run(config, "dpok", look)
 
     for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():

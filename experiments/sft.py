@@ -143,6 +143,7 @@ def train(config):
     run = runs.Run(config, f"sft_{config.data}_{config.weights}", look)
 
     for n in run.rounds(pipe, optimizer, pictures):
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         r = rewards.score(reward, trajectory.images, prompts)

@@ -91,6 +91,15 @@ def mean_se(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
+def set_rate(optimizer, config, n):
+    """η_n = η·(1 − n/N) with --anneal, or η: the learning rate of round n = 0, 1, ... of N."""
+    rate = config.learning_rate
+    if config.anneal:
+        rate = rate * (1 - n / config.rounds)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 # ---- processes ------------------------------------------------------------------------------
 
 

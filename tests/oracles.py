@@ -48,6 +48,8 @@ def train(config, method, prompts, reward, gold=None):
             row["kl"] = np.mean([path_kl(frozen, scheduler, config, chain) for chain in chains])
         else:
             A = ddpo_advantages(r, chosen, history, config)
+        left = 1 - n / N if config.anneal else 1
+        optimizer.param_groups[0]["lr"] = left * config.learning_rate
         order, updates = range(B), 1
         if method != "sf":
             order = random(config.seed, MINIBATCHES, n).permutation(B)

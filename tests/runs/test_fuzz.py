@@ -25,6 +25,9 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--reward missing.py:f", "missing.py"),
     ("03_ddpo", "--reward my.py:few", "1 numbers for 2"),
     ("02_rewards", "--rewards aesthetic --clip bytes", "--clip bytes"),
+    ("03_ddpo", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--gold aesthetic --clip bytes", "--clip bytes"),
     ("02_rewards", "--rewards alignment,beauty", "--rewards beauty"),
     ("01_mdp", "--model folder", "--model folder"), ("01_mdp", "--model ''", "--model"),
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
@@ -35,7 +38,7 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
     ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),
     ("05_eval", "--runs nowhere", "--runs nowhere"), ("05_eval", "--gold nonsense", "--gold"),
-    ("05_eval", "--prompts dogs", "--prompts dogs")]
+    ("05_eval", "--prompts dogs", "05_eval.py: --prompts dogs")]
 FOUND_LATE = "--learning-rate 1e300", "--beta 1e300", "--reward my.py:few"  # as it trains
 
 

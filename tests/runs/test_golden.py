@@ -17,7 +17,7 @@ COMMON = [*("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval
 SLOW = ("is_running", "is_lora", "dpok_all")
 RUNS = {  # name: (script, its flags)
     "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 1000 --batch-size 5"),
-    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 280 "
+    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 420 "
            "--advantage-clip 1.2"),
     "is_running": ("03_ddpo", "--baseline running --ratio per_dim --clip-range 0.03 --eta 0.7 "
                    "--timestep-fraction 0.5 --guidance-scale 2 --step-weight none "
