@@ -138,16 +138,13 @@ def remake_aesthetic(config, out, device):
 
 
 def make_image_reward(words, width=128):
-    """ImageReward's classes at a small size; shapes as they would be read off a checkpoint."""
-    shape = {"vision.embeddings.patch_embedding.weight": (width, 3, PATCH, PATCH),
-             "vision.embeddings.position_embedding": (1, GRID**2 + 1, width),
-             "vision.encoder.layers.0.mlp.fc1.weight": (2 * width, width),
-             "text.embeddings.word_embeddings.weight": (words, width),
-             "text.embeddings.position_embeddings.weight": (35, width),
-             "text.encoder.layer.0.intermediate.dense.weight": (2 * width, width)}
-    for i in (1, 2):  # two more layers each
-        shape[f"vision.encoder.layers.{i}."] = shape[f"text.encoder.layer.{i}."] = ()
-    model = nets.ImageRewardModel(shape)
+    """ImageReward's classes at a small size."""
+    size = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+                num_attention_heads=width // 64)
+    model = nets.ImageRewardModel(hf.BlipConfig(
+        vision_config=dict(size, image_size=PATCH * GRID, patch_size=PATCH, layer_norm_eps=1e-6),
+        text_config=dict(size, vocab_size=words, max_position_embeddings=35, bos_token_id=None,
+                         sep_token_id=None)))
     draw_weights(model.vision)
     draw_weights(model.text)
     with torch.no_grad():
@@ -335,6 +332,7 @@ def remake_image_reward(config, out, device):
     steps = config.epochs * len(seen) // 32
     optimize(trained, loss_of, len(seen), "preferences", steps, seed, batch=32, lr=3e-4)
     save_half(nets.rename_blip(model.state_dict(), back=True), folder / "model.safetensors")
+    model.config.to_json_file(folder / "blip_config.json")
 
 
 # ---- 4. a vision-language model ----------------------------------------------------------------

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support import flags, models  # noqa: E402
-from support.reward_models import find  # noqa: E402
 
 ddpo = import_module("03_ddpo")  # Config
 dpok = import_module("04_dpok")  # Config, Value
@@ -96,25 +95,20 @@ def trajectory_bytes(pictures, steps, latent_shape, reference=False):
 
 def read_networks(model, dtype):
     """UNet, VAE and text encoder in the place of a pipeline's, from their configs alone."""
-    run = models.find_folder(model, "evaluation.json")
+    run = models.find(model, "evaluation.json")
     if run:  # a run has the shapes of the model that it was trained from
         return read_networks(models.read_config(run)["model"], dtype)
-    folder = models.find_folder(model, "model_index.json")
-    options = {} if folder else models.hub_options()
-    diffusers.utils.logging.set_verbosity_error()
+    wanted = "Stable Diffusion 1.x/2.x in diffusers' format"
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(clip_sample=False), device="meta")
-    try:
+    with models.source_of(model, "--model", wanted, "model_index.json") as (source, options):
         with torch.device("meta"):
             for part, kind in PARTS.items():
-                config = kind.load_config(folder or model, subfolder=part, **options)
+                config = kind.load_config(source, subfolder=part, **options)
                 setattr(pipe, part, kind.from_config(config))
             config = transformers.CLIPTextConfig.from_pretrained(
-                folder or model, subfolder="text_encoder", **options)
+                source, subfolder="text_encoder", **options)
             pipe.text_encoder = transformers.CLIPTextModel(config)
         models.check_pipeline(pipe)
-    except Exception as error:  # the loaders raise nearly every type there is
-        wanted = "Stable Diffusion 1.x/2.x in diffusers' format"
-        raise models.load_error("--model", model, folder, wanted, error) from error
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.requires_grad_(False).to(getattr(torch, dtype)).eval()
     return pipe
@@ -127,7 +121,7 @@ def reward_bytes(config):
     for reward in [part.partition("=")[0] for part in spec.split(",")]:
         for field in LEARNED.get(reward, ()):
             name = getattr(config, field)
-            path = find(name)
+            path = models.find(name)
             if path and (path / "text_encoder").is_dir():  # a pipeline: BERTScore takes this part
                 path = path / "text_encoder"
             if name != "judge":  # who has no weights

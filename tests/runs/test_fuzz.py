@@ -33,7 +33,7 @@ BY_HAND = [  # script, words, what the message must name
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
     ("01_mdp", "--out x.gif", "--out x.gif"), ("01_mdp", "--out empty/x.png", "empty"),
     ("03_ddpo", "--out empty", "empty"), ("03_ddpo", "--name ''", "--name"),
-    ("03_ddpo", "--name taken", "--name taken"), ("03_ddpo", "--resume folder", "--resume folder"),
+    ("03_ddpo", "--resume folder", "folder/config.json: not the settings of a run"),
     ("04_dpok", "--lora-targets nonsense", "--lora-targets"),
     ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
     ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),

@@ -292,7 +292,7 @@ def test_every_shipped_file_can_be_remade_and_loads(tmp_path):
         for part in module.PARTS:
             if part != "measure":
                 module.main([*words, "--only", part])
-    shipped = nets.find("tiny_sd")
+    shipped = models.find("tiny_sd")
     names = {file.relative_to(shipped) for file in shipped.rglob("*.*")}
     (tmp_path / "measured.csv").unlink()  # how long each part took
     made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")}
