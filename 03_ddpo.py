@@ -57,11 +57,12 @@ class Config(PolicyGradient):
     reward: str = "alignment"  # a name of chapter 2, a sum such as a=1,b=0.2, or file.py:name
     prompts: str = "location"  # a shape family, animals, tasks, ..., a file, or one prompt
     estimator: Literal["sf", "is"] = "is"  # score function (REINFORCE), importance sampling
-    rounds: int = 30  # rounds of sample, score, update
+    rounds: int = 40  # rounds of sample, score, update
     prompts_per_round: int = 8  # prompts per round, in turn from shuffled passes
-    samples_per_prompt: int = 16  # pictures of each; the others' mean is the baseline
+    samples_per_prompt: int = 8  # pictures of each; the others' mean is the baseline
     updates_per_round: int = 2  # optimizer steps per round, K; 1 with --estimator sf
-    learning_rate: float = 1e-4  # of AdamW
+    learning_rate: float = 2e-4  # of AdamW
+    anneal: bool = True  # the learning rate falls to 0 in a straight line, round by round
     max_grad_norm: float = 1000.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 0  # rank of LoRA; 0 trains all weights
     lora_targets: tuple[str, ...] = models.ATTENTION  # layers with adapters
@@ -164,7 +165,6 @@ def step_pairs(pictures, config, n):
 
 def check(config, needs_others):
     """ValueError for flags that contradict each other, before any work is done."""
-    runs.check_folder(config)
     pictures = config.prompts_per_round * config.samples_per_prompt
     if needs_others and config.samples_per_prompt < 2:
         raise ValueError("--samples-per-prompt must be at least 2: the others are the baseline")
@@ -206,9 +206,10 @@ def reinforce(config):
     run = runs.Run(config, "ddpo_sf", look)
 
     for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
         A = advantages(r, prompts, baseline, config)
         A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 
@@ -270,9 +271,10 @@ def train(config):
     run = runs.Run(config, "ddpo_is", look)
 
     for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
         A = advantages(r, prompts, baseline, config)
         A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)
 

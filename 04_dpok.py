@@ -256,12 +256,13 @@ def train(config, Baseline=Value):
     run = runs.Run(config, "dpok", look)
 
     for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
         with reference():
             reference_means = step_means(pipe, trajectory, config)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
-        g = rewards.score(gold, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
+        g = rewards.score(gold, trajectory.images, prompts)
         A = value_advantage(r, baseline.predict(trajectory), prompts)
         A = A.to(step_weight) * step_weight  # (B,T)·(T,) -> (B,T)
 

@@ -19,6 +19,7 @@ import torch
 from diffusers import DDIMScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments import tables  # noqa: E402
 from support import flags, models  # noqa: E402
 from support.figures import Figure  # noqa: E402
 
@@ -87,19 +88,15 @@ def main(argv=None):
     scheduler = models.load_pipeline(config.model, "cpu").scheduler
     # Our denoiser predicts ε, whatever the model whose schedule this is predicts.
     scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="epsilon")
-    sides = {}
-    for T in CHAINS:
-        sides[T] = []
-        for m in MEANS:
-            sides[T].append(gaussian_chains(scheduler, T, m, STD, 0.0, STD, config.eta))
+    sides = {T: [gaussian_chains(scheduler, T, m, STD, 0.0, STD, config.eta) for m in MEANS]
+             for T in CHAINS}
 
     print(f"KL(p(x_0) ‖ p_pre(x_0)) ≤ Σ_t E[KL_t] in nats: data N(m, {STD}²), pretrained on m = 0")
-    print(f"{'m':>5}" + "".join(f"{f'T = {T}':>22}" for T in CHAINS))
-    for i, m in enumerate(MEANS):
-        line = f"{m:5.1f}"
-        for T in CHAINS:
-            line += "{:11.4f} ≤ {:8.4f}".format(*sides[T][i])
-        print(line)
+    rows = [{"m": m} for m in MEANS]
+    for T, points in sides.items():
+        for row, (kl, bound) in zip(rows, points):
+            row[f"T = {T}"] = f"{kl:.4f} ≤ {bound:8.4f}"
+    print(tables.as_text(rows))
     draw(out, sides)
     print(f"The bound against the truth: {out}")
     return sides

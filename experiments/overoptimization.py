@@ -18,9 +18,9 @@ other settings. Flags behind a lone -- are passed on: `--only proxy -- --prompts
 EXPECT gold to fall at β = 0 while the proxy rises; incompressibility to crowd the picture with
 stars, for this model knows no noise; and more and more digits, beside numbers of shapes that get no
 better. The KL term does not keep the digits out: writing costs few nats.
-WRITES run folders runs/overoptimization_*/, and in runs/ the pictures overoptimization.png (proxy
-and gold against reward queries, mean of five rounds, a dot at hindsight's best), _noise.png and
-_writing.png (films; the latter shows pictures first where the trick has worked).
+WRITES run folders runs/overoptimization_*/, and in runs/ for each part overoptimization_PART.png
+(proxy and gold against reward queries, mean of five rounds, a dot at hindsight's best), and of
+noise and writing also _PART_film.png (the latter shows prompts first where the trick has worked).
 """
 import shutil
 import sys
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
@@ -35,8 +36,7 @@ from support import commands, figures, flags, models, reward_models, runs, train
 from support.figures import Figure  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
-PROXY_BETAS = (0.0, 0.01, 0.1)
-WRITING_BETAS = (0.0, 0.03)
+BETAS = {"proxy": (0.0, 0.01, 0.1), "noise": (0.0,), "writing": (0.0, 0.03)}  # of each part's runs
 PROMPTS = 4  # of a round of the writing
 SHOWN = 4  # prompts in the film of the writing, for each β
 WINDOW = 5  # rounds of a mean
@@ -46,35 +46,29 @@ WINDOW = 5  # rounds of a mean
 class Config:
     only: Literal["proxy", "noise", "writing"] | None = None  # one part of the three
     rounds: int = 50  # rounds of each run: far too many
-    samples_per_prompt: int = 48  # pictures of a round, of one prompt; writing: of four together
+    samples_per_prompt: int = 48  # pictures of a round; writing: a quarter for each of its prompts
     learning_rate: float = 2e-3  # of AdamW, twice chapter 4's
     reward: str = "image_reward"  # the proxy that is optimized too far
     gold: str = "alignment"  # what is really meant
     seed: int = 0  # seed of everything
     name: str = "overoptimization"  # runs and pictures are called NAME_...
     out: str = "runs"  # folder of all runs
+    flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 4
 
 
-OWN = ("--beta", "--value", "--rounds", "--samples-per-prompt", "--learning-rate", "--reward",
-       "--gold", "--seed", "--name", "--out")
-OF_WRITING = ("--prompts", "--prompts-per-round", "--film-pictures")
-
-
-def commands_of(config, passed_on):
-    """Part -> {a run's name: its command}: one for each β, and one for the noise."""
+def command_of(part, beta, config):
+    """The command of a part's run with this β."""
+    pictures = config.samples_per_prompt
+    own = {
+        "proxy": ["--reward", config.reward, "--keep-every", "5"],
+        "noise": ["--reward", "incompressibility", "--no-value"],
+        "writing": ["--reward", "vlm_strict", "--no-value", "--prompts", "count",
+                    "--prompts-per-round", str(PROMPTS), "--film-pictures", "32"]}
+    if part == "writing":
+        pictures //= PROMPTS
     shared = commands.words_of(config, ("gold", "rounds", "learning_rate", "seed"))
-    one_prompt = [*shared, "--samples-per-prompt", str(config.samples_per_prompt), *passed_on]
-    numbers = [*shared, "--samples-per-prompt", str(config.samples_per_prompt // PROMPTS),
-               "--prompts", "count", "--prompts-per-round", str(PROMPTS), "--film-pictures", "32",
-               *passed_on]
-    start, no_value = ["04_dpok.py", "--reward"], ["--no-value", "--beta"]
-    proxy = {f"{config.name}_beta_{beta:g}": [
-        *start, config.reward, "--keep-every", "5", "--beta", str(beta), *one_prompt]
-        for beta in PROXY_BETAS}
-    noise = {f"{config.name}_noise": [*start, "incompressibility", *no_value, "0", *one_prompt]}
-    writing = {f"{config.name}_writing_beta_{beta:g}": [
-        *start, "vlm_strict", *no_value, str(beta), *numbers] for beta in WRITING_BETAS}
-    return {"proxy": proxy, "noise": noise, "writing": writing}
+    return ["04_dpok.py", "--beta", str(beta), *own[part], *shared,
+            "--samples-per-prompt", str(pictures), *config.flags]
 
 
 def running_mean(values):
@@ -92,78 +86,55 @@ def hindsights_best(gold):
     return means.index(max(means))
 
 
-def curves_of(folder, name):
-    """Reward queries, and the running mean of a column of metrics.csv."""
-    rows = runs.read_rows(folder / "metrics.csv")
-    return [row["queries"] for row in rows], running_mean([row[name] for row in rows])
+def draw_lines(path, panels):
+    """Panels side by side, against reward queries.  panels: title -> {label: (x, y, dots)}
 
-
-def draw_lines(path, panels, marks=None):
-    """Panels side by side, against reward queries.  panels: title -> {label: (x, y)}
-
-    marks: label -> the place of a dot on its lines. A line's label stands at its end.
+    dots: the places of dots on the line.
     """
     figure = Figure(figsize=(4 * len(panels), 3.4), dpi=110, layout="constrained")
     for ax, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for label, (x, y) in lines.items():
-            line, = ax.plot(x, y)
-            ax.annotate(f" {label}", (x[-1], y[-1]), va="center", size=8, color=line.get_color())
-            if marks:
-                k = marks[label]
-                ax.plot(x[k], y[k], "o", color=line.get_color())
+        for label, (x, y, dots) in lines.items():
+            ax.plot(x, y, marker="o", markevery=dots, label=label)
         ax.set(xlabel="reward queries", title=title)
-        ax.set_xlim(right=1.3 * x[-1])  # room for the labels
-        ax.margins(y=0.1)
         ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
     figure.savefig(path)
 
 
-def draw_proxy(config, folders):
-    """Proxy and gold as training goes on.  -> a line for each β"""
-    panels = {f"paid for: {config.reward}": {}, f"meant: {config.gold}": {}}
-    rows, marks = [], {}
-    for beta, folder in zip(PROXY_BETAS, folders):
-        row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
-        label = f"β = {beta:g},\n {row['kl after']} nats"
-        for lines, name in zip(panels.values(), ("reward", "gold")):
-            lines[label] = curves_of(folder, name)
-        gold = [line["gold"] for line in runs.read_rows(folder / "metrics.csv")]
-        best = marks[label] = hindsights_best(gold)
+def compare(part, folders, config):
+    """Draws proxy and gold as a part's trainings go on.  folders: β -> run  -> a line for each β"""
+    rows, films = [], {}
+    reward = models.read_config(folders[0.0])["reward"]
+    of_reward, of_gold, of_number = {}, {}, {}
+    panels = {f"paid for: {reward}": of_reward, f"meant: {config.gold}": of_gold}
+    for beta, folder in folders.items():
+        rounds = runs.read_rows(folder / "metrics.csv")
+        queries = [line["queries"] for line in rounds]
+        gold = [line["gold"] for line in rounds]
+        best = hindsights_best(gold)
         highest = training.mean_se(gold[max(0, best + 1 - WINDOW):best + 1])
+        row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
         row["hindsight's best round"] = best + 1
         row["gold over its last five rounds"] = tables.rounded(*highest)
         rows.append(row)
-    draw_lines(Path(config.out, f"{config.name}.png"), panels, marks)
-    return rows
-
-
-def draw_noise(config, folders):
-    """What incompressibility pays for: the run's own film."""
-    shutil.copy(folders[0] / "film.png", Path(config.out, f"{config.name}_noise.png"))
-    return [{"run": folders[0].name} | tables.gains_of(folders[0])]
-
-
-def draw_writing(config, folders):
-    """The films side by side, and the curves.  -> a line for each β"""
-    rows, films = [], {}
-    panels = {"paid for: vlm_strict": {}, f"meant: {config.gold}": {}, "the number is written": {}}
-    for beta, folder in zip(WRITING_BETAS, folders):
-        prompts, frames = runs.read_film(folder)
-        shares = [written_shares(images, prompts) for images in frames.values()]
-        row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
-        for when, place in (("before", 0), ("after", -1)):
-            row[f"number written {when}"] = f"{shares[place][0]:.2f}"
-            row[f"any digit {when}"] = f"{shares[place][1]:.2f}"
-        rows.append(row)
-        label = f"β = {beta:g}"
-        films[label] = frames
-        of_reward, of_gold, of_number = panels.values()
-        of_reward[label] = curves_of(folder, "reward")
-        of_gold[label] = curves_of(folder, "gold")
-        of_number[label] = list(frames), [right for right, _ in shares]
-    draw_lines(Path(config.out, f"{config.name}_writing_curves.png"), panels)
-    ask = reward_models.load_vlm(models.read_config(folders[0])["vlm"], "cpu")
-    draw_films(Path(config.out, f"{config.name}_writing.png"), prompts, films, ask)
+        label = f"β = {beta:g}, {row['kl after']} nats"
+        of_reward[label] = queries, running_mean([line["reward"] for line in rounds]), [best]
+        of_gold[label] = queries, running_mean(gold), [best]
+        if part == "writing":
+            prompts, frames = runs.read_film(folder)
+            films[f"β = {beta:g}"] = frames
+            shares = [written_shares(images, prompts) for images in frames.values()]
+            row["number written before"], row["any digit before"] = shares[0]
+            row["number written after"], row["any digit after"] = shares[-1]
+            of_number[label] = list(frames), [right for right, _ in shares], []
+            panels["the number is written"] = of_number
+    start = Path(config.out, f"{config.name}_{part}")
+    draw_lines(f"{start}.png", panels)
+    if part == "noise":
+        shutil.copy(folders[0.0] / "film.png", f"{start}_film.png")
+    if part == "writing":
+        ask = reward_models.load_vlm(models.read_config(folders[0.0])["vlm"], "cpu")
+        draw_films(f"{start}_film.png", prompts, films, ask)
     return rows
 
 
@@ -196,41 +167,33 @@ def telling(prompts, images):
         (group,) = shapes.parse(prompts[i])
         is_trick = digit == group.count != len(objects)
         (fooled if is_trick else others).append(i)
-    places = training.spread_evenly(fooled, min(SHOWN, len(fooled)))
-    return sorted(places + training.spread_evenly(others, SHOWN - len(places)))
+    missing = max(0, SHOWN - len(fooled))
+    return training.spread_evenly(fooled + others[:missing], SHOWN)
 
 
 def written_shares(images, prompts):
     """Share of pictures with the digit that the prompt asks for, and with any digit."""
     digits = judge.read(images)
     right = [digit == shapes.parse(prompt)[0].count for digit, prompt in zip(digits, prompts)]
-    some = [digit is not None for digit in digits]
-    return sum(right) / len(right), sum(some) / len(some)
-
-
-DRAW = {"proxy": draw_proxy, "noise": draw_noise, "writing": draw_writing}
+    N = len(digits)
+    return round(sum(right) / N, 2), round(1 - digits.count(None) / N, 2)
 
 
 def main(argv=None):
-    own, passed_on = commands.split_flags(argv, OWN)
-    config = flags.parse(Config, __doc__, own)
-    parts = commands_of(config, passed_on)
-    if config.only:
-        parts = {config.only: parts[config.only]}
-    if "writing" in parts:
-        if config.samples_per_prompt % PROMPTS or config.samples_per_prompt < 2 * PROMPTS:
-            raise ValueError(f"--samples-per-prompt must be a multiple of {PROMPTS}, at least "
-                             f"{2 * PROMPTS}: the part writing shares them among {PROMPTS} prompts")
-        commands.split_flags(["--", *passed_on], OF_WRITING)  # it has its own
-    wanted = {}
-    for commands_of_part in parts.values():
-        wanted |= commands_of_part
+    config = flags.parse(Config, __doc__, argv)
+    wanted, folders = {}, {}
+    for part in [config.only] if config.only else BETAS:
+        folders[part] = {}
+        for beta in BETAS[part]:
+            name = f"{config.name}_{part}_beta_{beta:g}"
+            folders[part][beta] = Path(config.out, name)
+            wanted[name] = command_of(part, beta, config)
     commands.train_missing(wanted, config.out)
     rows = {}
-    for part, names in parts.items():
-        rows[part] = DRAW[part](config, [Path(config.out, name) for name in names])
+    for part in folders:
+        rows[part] = compare(part, folders[part], config)
         print(f"\n{part}, on pictures from fresh noise:\n{tables.as_text(rows[part])}")
-    print(f"The pictures: {Path(config.out, config.name)}*.png")
+    print(f"The pictures: {Path(config.out, config.name)}_*.png")
     return rows
 
 

@@ -28,15 +28,13 @@ ev = import_module("05_eval")  # Config, commands_of
 RAW = ("model", "seed", "split", "family", "prompt", "reward", "gold", "aesthetic", "diversity")
 SHOWN = ("model", "reward", "gold", "gold bias", "gold unseen", "path_kl", "diversity")
 KL_BOUNDS = (100, 1000, math.inf)  # of early stopping, in nats; infinite: labels alone
-PENALTIES = {"(none: chapter 4's)": "", "--kl mse": "_mse", "--kl reward": "_reward",
-             "--target-kl 10": "_target"}
-VARIANCES = {"(none: five prompts)": "",
-             "--prompts bias --prompts-per-round 1 --samples-per-prompt 64": "_bias"}
+VARIANCES = {"five prompts": "",
+             "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
-           "overoptimization": "overoptimization",
-           "overoptimization_noise": "overoptimization_noise",
-           "overoptimization_writing": "overoptimization_writing",
-           "overoptimization_writing_curves": "overoptimization_writing_curves",
+           "overoptimization_proxy": "overoptimization",
+           "overoptimization_noise_film": "overoptimization_noise",
+           "overoptimization_writing_film": "overoptimization_writing",
+           "overoptimization_writing": "overoptimization_writing_curves",
            "eval_seeds/queries": "eval_queries", "eval_seeds/best_of_n": "eval_best_of_n",
            "eval_seeds/same_seeds": "eval_same_seeds"}
 
@@ -56,25 +54,20 @@ def chapter(out, name, script):
             | tables.gains_of(out / run) for seed, run in seeds.items()]
 
 
-def penalties(out):
-    """What chapter 4's other leashes end with."""
-    wanted = {f"penalties{name}": ["experiments/penalties.py", *(words.split() if name else [])]
-              for words, name in PENALTIES.items()}
-    commands.train_missing(wanted, out, jobs=2)
-    return [{"flags": words, "seed": 0} | tables.ends_of(out / f"penalties{name}")
-            for words, name in PENALTIES.items()]
+def start(file, *command):
+    """The lines of a CSV file; first starts the command that writes it, unless it is there."""
+    if not file.is_file():
+        commands.start([*command, "--out", str(file.parent)])
+    return read(file)[1]
 
 
 def variance(out):
     """The variance of the gradient with three baselines, relative to the second."""
     rows = []
-    for words, name in VARIANCES.items():
-        folder = out / f"variance{name}"
-        if not (folder / "variance.csv").is_file():
-            own = words.split() if name else []
-            commands.start(["experiments/variance.py", *own, "--out", str(folder)])
-        row = {"flags": words, "seed": 0}
-        for line in read_csv(folder / "variance.csv"):
+    for prompts, words in VARIANCES.items():
+        file = out / f"variance_{prompts.replace(' ', '_')}" / "variance.csv"
+        row = {"flags": words or "(none: five prompts)", "seed": 0}
+        for line in start(file, "experiments/variance.py", *words.split()):
             row[line["advantage"]] = line["relative"]
         rows.append(row)
     return rows
@@ -82,17 +75,16 @@ def variance(out):
 
 def evaluation(folder, *words):
     """Chapter 5's table: the columns that its text speaks of."""
-    if not (folder / "table.csv").is_file():
-        commands.start(["05_eval.py", *words, "--out", str(folder)])
-    return [{name: row[name] for name in SHOWN} for row in read_csv(folder / "table.csv")]
+    lines = start(folder / "table.csv", "05_eval.py", *words)
+    return [{name: line[name] for name in SHOWN} for line in lines]
 
 
 def claims(folder):
     """Chapter 5's claims; every picture's values, from which a test finds each verdict again."""
-    pictures = [{name: row[name] for name in RAW} for row in read_csv(folder / "samples.csv")
+    pictures = [{name: row[name] for name in RAW} for row in read(folder / "samples.csv")[1]
                 if not row["model"].startswith("best of")]
     runs.write_rows(HERE / "raw" / "eval_seeds.csv", pictures)
-    return read_csv(folder / "claims.csv")
+    return read(folder / "claims.csv")[1]
 
 
 def frontier(out):
@@ -100,57 +92,55 @@ def frontier(out):
     wanted = ev.commands_of(ev.Config(prompts="bias", prompts_per_round=1, samples_per_prompt=80))
     commands.train_missing(wanted, out / "train", jobs=2)
     trained = [str(out / "train" / name) for name in wanted]
-    commands.start(["experiments/frontier.py", "--runs", *trained, "--out", str(out)])
-    return read_csv(out / "table.csv")
+    return start(out / "table.csv", "experiments/frontier.py", "--runs", *trained)
 
 
 def stopping(out, trained):
     """What is kept of each method's trainings, by the rule with three bounds and in hindsight."""
-    if not (out / "early_stopping.png").is_file():  # it is written last
-        folders = map(str, sorted(trained.glob("*_seed?")))
-        commands.start(["experiments/early_stopping.py", "--runs", *folders, "--out", str(out)])
-    methods = {}  # method -> run -> its rounds
-    for line in read_csv(out / "early_stopping.csv"):
+    folders = map(str, sorted(trained.glob("*_seed?")))
+    lines = start(out / "early_stopping.csv", "experiments/early_stopping.py", "--runs", *folders)
+    trainings = {}  # run -> its rounds
+    for line in lines:
         row = {name: float(line[name]) for name in ("queries", "labels_mean", "path_kl", "gold")}
-        method = line["run"].rpartition("_seed")[0]
-        methods.setdefault(method, {}).setdefault(line["run"], []).append(row)
-    return [{"method": method} | row_of_stopping(list(found.values()))
-            for method, found in methods.items()]
-
-
-def row_of_stopping(trainings):
-    """Gold and price of each way to stop, over some trainings' rounds."""
-    labels = early_stopping.Config.labels
-    golds = {"pretrained": [t[0]["gold"] for t in trainings],
-             "end": [t[-1]["gold"] for t in trainings],
-             "hindsight": [t[early_stopping.hindsights_best(t)]["gold"] for t in trainings]}
-    prices = {"end": [t[-1]["queries"] for t in trainings]}
-    for bound in KL_BOUNDS:
-        name = f"rule, {bound:g} nats"
-        stops = [early_stopping.stop_by_rule(t, bound) for t in trainings]
-        golds[name] = [t[k]["gold"] for t, (k, _) in zip(trainings, stops)]
-        prices[name] = [early_stopping.price(t, m, labels) for t, (_, m) in zip(trainings, stops)]
-    row = {name: "{:.3f} ± {:.3f}".format(*training.mean_se(values))
-           for name, values in golds.items()}
-    for name, values in prices.items():
-        row[f"price: {name}"] = round(sum(values) / len(values))
-    return row
+        trainings.setdefault(line["run"], []).append(row)
+    found = {}  # method -> way to stop -> gold and price, of each training
+    for run, rounds in trainings.items():
+        end = rounds[-1]["queries"]
+        best = early_stopping.hindsights_best(rounds)
+        ways = {"pretrained": (0, 0), "end": (-1, end), "hindsight": (best, end)}
+        for bound in KL_BOUNDS:
+            k, m = early_stopping.stop_by_rule(rounds, bound)
+            paid = early_stopping.price(rounds, m, early_stopping.Config.labels)
+            ways[f"rule, {bound:g} nats"] = k, paid
+        of_method = found.setdefault(run.rpartition("_seed")[0], {})
+        for way, (n, paid) in ways.items():
+            of_method.setdefault(way, []).append((rounds[n]["gold"], paid))
+    rows = []
+    for method, of_method in found.items():
+        row = {"method": method}
+        for way, pairs in of_method.items():
+            golds, prices = zip(*pairs)
+            row[way] = "{:.3f} ± {:.3f}".format(*training.mean_se(golds))
+            row[f"price: {way}"] = round(sum(prices) / len(prices))
+        rows.append(row)
+    return rows
 
 
 # ---- CSV files with a head, and README.md ---------------------------------------------------
 
 
-def read_csv(path):
-    """The lines of a CSV file as dicts of text."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read(path):
+    """A CSV file's head, if it has one, and its rows: dicts of text."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return head, list(csv.DictReader(lines[len(head):]))
 
 
 def write(name, rows):
     """A CSV file's new rows, device and date; its title, command and seeds stay what they are."""
     path = HERE / f"{name}.csv"
-    head, (_, *old) = read(path)
-    if old == [[str(value) for value in row.values()] for row in rows]:
+    head, old = read(path)
+    if old == [{key: str(value) for key, value in row.items()} for row in rows]:
         return
     head["device"] = f"CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available():
@@ -161,23 +151,12 @@ def write(name, rows):
     path.write_text(comments + path.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def read(path):
-    """A CSV file's head as a dict, and its rows as lists of cells, the first of them the names."""
-    head, lines = {}, []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# "):
-            key, _, value = line[2:].partition(": ")
-            head[key] = value
-        else:
-            lines.append(line)
-    return head, list(csv.reader(lines))
-
-
 def table(path):
     """A CSV file as Markdown, under what made it."""
-    head, (names, *rows) = read(path)
+    head, rows = read(path)
     title = head.pop("title")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *rows)]
+    cells = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
     made = "; ".join(f"{key}: {value}" for key, value in head.items())
     return "\n".join([f"**{title}**", "", *lines, "", f"`{path.name}`. {made}."])
 
@@ -192,6 +171,10 @@ def render(readme, tables_in=HERE):
     readme.write_text("<!-- ".join(parts), encoding="utf-8")
 
 
+def overoptimized(out, part):
+    return overoptimization.main(["--only", part, "--out", str(out)])[part]
+
+
 TABLES = {  # CSV file -> a function of the folder of all runs, which gives its lines
     "ddpo_defaults": lambda out: chapter(out, "ddpo_defaults", "03_ddpo.py"),
     "dpok_defaults": lambda out: chapter(out, "dpok_defaults", "04_dpok.py"),
@@ -202,14 +185,12 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "eval_claims": lambda out: claims(out / "eval_seeds"),
     "frontier": lambda out: frontier(out / "frontier"),
     "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
-    "penalties": penalties,
     "variance": variance,
     "samples": lambda out: samples.main(["--out", str(out)]),
     "prompt_alignment": lambda out: prompt_alignment.main(["--out", str(out)]),
-    "overoptimization": lambda out: overoptimization.main(
-        ["--only", "proxy", "--out", str(out)])["proxy"],
-    "writing": lambda out: overoptimization.main(
-        ["--only", "writing", "--out", str(out)])["writing"]}
+    "overoptimization": lambda out: overoptimized(out, "proxy"),
+    "writing": lambda out: overoptimized(out, "writing")}
+
 
 
 def main(argv=None):
@@ -218,7 +199,7 @@ def main(argv=None):
     if not config.render:
         for name, rows_of in TABLES.items():
             write(name, rows_of(out))
-        overoptimization.main(["--only", "noise", "--out", str(out)])
+        overoptimized(out, "noise")
         for source, name in FIGURES.items():
             shutil.copy(out / f"{source}.png", HERE / "figures" / f"{name}.png")
     render(HERE / "README.md")

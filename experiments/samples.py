@@ -23,12 +23,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import commands, figures, flags, runs  # noqa: E402
 
 REWARDS = ("aesthetic", "compressibility", "incompressibility")
-OWN = ("--reward", "--prompts", "--rounds", "--name", "--out")
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,24 @@ class Config:
     rounds: int = 24  # rounds of each run
     name: str = "samples"  # runs are called NAME_REWARD, and the sheet NAME.png
     out: str = "runs"  # folder of all runs
+    flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 3
 
 
 def main(argv=None):
-    own, passed_on = commands.split_flags(argv, OWN)
-    config = flags.parse(Config, __doc__, own)
-    shared = ["--prompts", config.prompts, "--rounds", str(config.rounds), *passed_on]
-    wanted = {f"{config.name}_{reward}": ["03_ddpo.py", "--reward", reward, *shared]
-              for reward in REWARDS}
+    config = flags.parse(Config, __doc__, argv)
+    shared = ["--prompts", config.prompts, "--rounds", str(config.rounds), *config.flags]
+    folders = {reward: Path(config.out, f"{config.name}_{reward}") for reward in REWARDS}
+    wanted = {folder.name: ["03_ddpo.py", "--reward", reward, *shared]
+              for reward, folder in folders.items()}
     commands.train_missing(wanted, config.out)
     rows, pictures = [], {}
-    for reward, name in zip(REWARDS, wanted):
-        folder = Path(config.out, name)
-        rows.append({"run": name} | tables.gains_of(folder))
+    for reward, folder in folders.items():
+        row = {"run": folder.name} | tables.gains_of(folder)
+        rows.append(row)
         prompts, frames = runs.read_film(folder)
-        frames = list(frames.values())  # from 0 reward queries to the last
-        pictures.setdefault("pretrained", frames[0])  # of all runs the same
-        pictures["{}\n{reward before} → {reward after}".format(reward, **rows[-1])] = frames[-1]
+        first, *_, last = frames.values()
+        pictures.setdefault("pretrained", first)  # of all runs the same
+        pictures[f"{reward}\n{row['reward before']} → {row['reward after']}"] = last
     print(f"\n{tables.as_text(rows)}")
     path = Path(config.out, f"{config.name}.png")
     figures.sheet(path, list(pictures.values()), list(pictures), prompts)

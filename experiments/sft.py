@@ -129,7 +129,6 @@ def objective(pipe, reference, pictures, weight, i, t, eps, config):
 
 def train(config):
     """draw → score → weight → K × (objective → step).  -> the run, its summary"""
-    runs.check_folder(config)
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
     gold = rewards.get_reward(config.gold, config, flag="--gold")
@@ -144,10 +143,11 @@ def train(config):
     run = runs.Run(config, f"sft_{config.data}_{config.weights}", look)
 
     for n in run.rounds(pipe, optimizer, pictures):
+        training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
         trajectory = mdp.rollout(pipe, prompts, config, "train", n)
-        r = rewards.score(reward, trajectory.images, prompts, run.folder)
-        g = rewards.score(gold, trajectory.images, prompts, run.folder)
+        r = rewards.score(reward, trajectory.images, prompts)
+        g = rewards.score(gold, trajectory.images, prompts)
         with reference():
             reference_means = dpok.step_means(pipe, trajectory, config)
         kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
@@ -158,7 +158,7 @@ def train(config):
         else:
             with reference():
                 drawn = mdp.rollout(pipe, prompts, config, "fixed set", n)
-            r_drawn = rewards.score(reward, drawn.images, prompts, run.folder)
+            r_drawn = rewards.score(reward, drawn.images, prompts)
             add(pictures, drawn, r_drawn)
         weight = weights_of(pictures, config)
 

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
@@ -31,6 +32,7 @@ class Config:
     betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3)  # chapter 4 is run with each of these β
     name: str = "sweep"  # runs are called NAME_beta_B, and the plot NAME.png
     out: str = "runs"  # folder of all runs
+    flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 4
 
 
 def draw(path, summaries):
@@ -50,16 +52,12 @@ def draw(path, summaries):
 
 
 def main(argv=None):
-    own, passed_on = commands.split_flags(argv, ("--beta", "--name", "--out"))
-    config = flags.parse(Config, __doc__, own)
-    names = {beta: f"{config.name}_beta_{beta:g}" for beta in config.betas}
-    if len(names) < 2 or len(set(names.values())) < len(config.betas):
-        raise ValueError("--betas takes two or more different values of β")
-    wanted = {name: ["04_dpok.py", "--beta", str(beta), *passed_on]
-              for beta, name in names.items()}
+    config = flags.parse(Config, __doc__, argv)
+    folders = {beta: Path(config.out, f"{config.name}_beta_{beta:g}") for beta in config.betas}
+    wanted = {folder.name: ["04_dpok.py", "--beta", str(beta), *config.flags]
+              for beta, folder in folders.items()}
     commands.train_missing(wanted, config.out)
-    folders = {beta: Path(config.out, name) for beta, name in names.items()}
-    rows = [{"beta": beta} | tables.ends_of(folder) for beta, folder in folders.items()]
+    rows = [{"beta": beta} | tables.gains_of(folder) for beta, folder in folders.items()]
     print(f"\n{tables.as_text(rows)}")
     path = Path(config.out, f"{config.name}.png")
     draw(path, {beta: tables.summary_of(folder) for beta, folder in folders.items()})

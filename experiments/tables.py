@@ -17,33 +17,24 @@ def summary_of(folder):
     return json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
 
 
-def ends_of(folder, names=("kl", "reward", "gold")):
-    """What a run ended with: {"kl": ..., "kl error": ..., ...}."""
-    summary, row = summary_of(folder), {}
-    for name in names:
-        error = summary[name]["after_se"]
-        row[name] = rounded(summary[name]["after"], error)
-        row[f"{name} error"] = rounded(error, error)
-    return row
-
-
-def gains_of(folder):
+def gains_of(folder, names=("reward", "gold", "kl")):
     """What a run was before and after, and gained: {"queries": ..., "reward before": ..., ...}."""
     summary = summary_of(folder)
     row = {"queries": summary["queries"]}
-    for name in ("reward", "gold", "kl"):
-        if name in summary:
+    for name in names:
+        if name in summary:  # chapter 3 measures no gold
+            measured = summary[name]
             for part in ("before", "after", "gain"):
-                error = summary[name][f"{part}_se"]
-                row[f"{name} {part}"] = rounded(summary[name][part], error)
-            row[f"{name} gain_se"] = rounded(error, error)
+                row[f"{name} {part}"] = rounded(measured[part], measured[f"{part}_se"])
+            row[f"{name} gain_se"] = rounded(measured["gain_se"], measured["gain_se"])
     return row
 
 
 def as_text(rows, width=100):
-    """A table for the terminal; one that is too wide lies on its side.  rows: of equal keys"""
+    """A table for the terminal; too wide with few rows, it lies on its side.  rows: of equal keys"""
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
-    if sum(max(map(len, column)) + 2 for column in zip(*cells)) > width:
+    is_wide = sum(max(map(len, column)) + 2 for column in zip(*cells)) > width
+    if is_wide and len(rows) < len(rows[0]):
         cells = list(zip(*cells))
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [[text.rjust(size) for text, size in zip(line, widths)] for line in cells]

@@ -48,25 +48,22 @@ class Config:
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
     shared = ev.Config(prompts="tuning", rounds=config.rounds, seed=config.seed)
-    wanted, rows = {}, []
+    wanted, found = {}, {}
     for method, settings in SETTINGS.items():
         for rate, updates in settings:
-            wanted[f"{method}_lr{rate:g}_K{updates}"] = [
-                *ev.command_of(method, shared), "--learning-rate", str(rate),
-                "--updates-per-round", str(updates), "--eval-samples", "200"]
+            command = ev.command_of(method, shared)
+            for flag, value in (("--learning-rate", rate), ("--updates-per-round", updates),
+                                ("--eval-samples", 200)):
+                command[command.index(flag) + 1] = str(value)
+            name = f"{method}_lr{rate:g}_K{updates}"
+            wanted[name] = command
+            found[name] = {"method": method, "learning rate": rate, "updates per round": updates}
     commands.train_missing(wanted, config.out, config.jobs)
-    for method, settings in SETTINGS.items():
-        found = []
-        for rate, updates in settings:
-            reward = tables.summary_of(
-                Path(config.out, f"{method}_lr{rate:g}_K{updates}"))["reward"]
-            found.append((reward["after"], {
-                "method": method, "learning rate": rate, "updates per round": updates,
-                "reward before": tables.rounded(reward["before"], reward["before_se"]),
-                "reward after": tables.rounded(reward["after"], reward["after_se"]),
-                "standard error": tables.rounded(reward["after_se"], reward["after_se"])}))
-        found.sort(key=lambda line: -line[0])
-        rows += [row for _, row in found]
+    for name, row in found.items():
+        row |= tables.gains_of(Path(config.out, name), ["reward"])
+    methods = list(SETTINGS)
+    rows = sorted(found.values(), key=lambda row: (
+        methods.index(row["method"]), -float(row["reward after"])))
     runs.write_rows(Path(config.out, "tuning.csv"), rows)
     print(tables.as_text(rows))
     return rows

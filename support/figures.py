@@ -7,7 +7,6 @@ import os
 import textwrap
 
 import torch
-from PIL import Image
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's or a shell's other choice cannot draw here
 import matplotlib  # noqa: E402
@@ -45,15 +44,6 @@ def sheet(path, rows, row_names, column_names=None, titles=None, captions=None, 
 def wrapped(text, width=18):
     """Each line of a text broken where it is too long."""
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
-
-
-def strip(images):
-    """Pictures of one size side by side in one."""
-    width, height = images[0].size
-    row = Image.new("RGB", (width * len(images), height))
-    for i, image in enumerate(images):
-        row.paste(image, (i * width, 0))
-    return row
 
 
 def beliefs(path, trajectory, pictures):

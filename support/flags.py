@@ -39,11 +39,10 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "num_steps": (1, 1000),
     "pictures": (100, 10**6),
     "seed": (0, 2**31 - 1),
-    "target_kl": (TINY, 1e30),
     "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
 }
-NOT_EMPTY = ("rewards", "prompts", "lora_targets", "name", "resume")  # if they are given at all
+NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")  # if given
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
 

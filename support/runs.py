@@ -7,11 +7,8 @@ on as if nothing had happened.
 import csv
 import io
 import json
-import math
 import os
-import pickle
 import re
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +26,6 @@ CHECKPOINT = "checkpoint.pt"
 # Fields that change no trained weight: where a run is, on what, and how it is looked at.
 NO_MATTER = ("name", "out", "device", "batch_size", "train_batch_size", "checkpointing",
              "reward_batch_size", "reward_device", "eval_samples", "keep_every", "resume")
-MAY_CHANGE = set(NO_MATTER) - {"name", "out"}  # as a run goes on: its folder has them already
-
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,7 @@ class TrainFlags(flags.MachineFlags):
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
     weight_decay: float = 1e-4  # of AdamW
+    anneal: bool = False  # the learning rate falls to 0 in a straight line, round by round
     seed: int = 0  # seed of everything
     train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
@@ -69,7 +65,7 @@ class Run:
         self.pictures_per_round = config.prompts_per_round * config.samples_per_prompt
         self.rows = []  # one dict a round, as in metrics.csv
         self.pictures = []  # one dict a picture, as in pictures.csv
-        self.fresh = {}  # rounds done -> a dict for each look, as in fresh.csv
+        self.fresh = []  # one dict a look, as in fresh.csv
         # The sum and the number of a round's values: there even where a process has no pair.
         self.notes = {name: torch.zeros(2, dtype=torch.float64) for name in NOTED}
         self.started = self.round_started = time.perf_counter()
@@ -113,8 +109,8 @@ class Run:
         row = {"queries": n * self.pictures_per_round}
         for name in self.titles:
             row[name], row[name + "_se"] = training.mean_se(seen[name])
-        self.fresh[n] = row
-        write_rows(self.folder / "fresh.csv", list(self.fresh.values()))
+        self.fresh.append(row)
+        write_rows(self.folder / "fresh.csv", self.fresh)
         self.add_to_film(seen["prompts"], seen["images"], row["queries"])
 
     @training.only_first
@@ -123,45 +119,42 @@ class Run:
         columns = min(len(prompts), self.config.film_pictures)
         pool = range(max(len(set(prompts)), columns))
         shown = training.spread_evenly(pool, columns)
-        folder = self.folder / "film"
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "prompts.json", [prompts[i] for i in shown])
-        figures.strip([images[i] for i in shown]).save(folder / f"{queries:06d}.png")
+        frame = self.folder / "film" / str(queries)
+        frame.mkdir(parents=True, exist_ok=True)
+        write_json(frame.parent / "prompts.json", [prompts[i] for i in shown])
+        for k, i in enumerate(shown):
+            images[i].save(frame / f"{k}.png")
 
     def note(self, **columns):
         """Values (N,) of (picture, step) pairs, whose mean over the round goes into its log."""
         for name, values in columns.items():
             self.notes[name] += torch.tensor([values.sum().item(), len(values)])
 
-    def log(self, n, **columns):
+    def log(self, n, grad_norm, **columns):
         """One line on the screen and one in metrics.csv; a tensor (B,) becomes mean and error.
 
         What tensors say of each picture goes to pictures.csv, in the order of the round's prompts.
         """
+        if not grad_norm.isfinite():
+            raise ValueError(f"the gradient is {grad_norm}; try a smaller --learning-rate")
+        start = {"round": n + 1, "queries": (n + 1) * self.pictures_per_round}
+        row, words = dict(start), [f"round {n + 1:3}"]
+        for name, values in columns.items():
+            row[name], row[name + "_se"] = training.mean_se(values.cpu())
+            words.append(f"{name} {row[name]:.3f} ± {row[name + '_se']:.3f}")
+        others = {"grad_norm": grad_norm.item(),
+                  "grad_clipped": float(grad_norm > self.config.max_grad_norm)}
         for name, sums in self.notes.items():
             training.total(sums)
             total, number = sums.tolist()
-            columns[name] = total / max(number, 1)
+            others[name] = total / max(number, 1)
             sums.zero_()
-        norm = columns.pop("grad_norm").item()
-        if not math.isfinite(norm):
-            raise ValueError(f"the gradient is {norm}; try a smaller --learning-rate")
-        columns |= {"grad_norm": norm, "grad_clipped": float(norm > self.config.max_grad_norm)}
-        row = {"round": n + 1, "queries": (n + 1) * self.pictures_per_round}
-        of_round, of_pictures, words = dict(row), {}, [f"round {n + 1:3}"]
-        for name, value in columns.items():
-            if isinstance(value, torch.Tensor):
-                of_pictures[name] = value.tolist()
-                row[name], row[name + "_se"] = training.mean_se(value.cpu())
-                words.append(f"{name} {row[name]:.3f} ± {row[name + '_se']:.3f}")
-            else:
-                row[name] = value
-                words.append(f"{name} {value:.3g}")
-        for i, values in enumerate(zip(*of_pictures.values())):
-            self.pictures.append(of_round | {"picture": i} | dict(zip(of_pictures, values)))
-        row["seconds"] = time.perf_counter() - self.round_started
-        words.append(f"{row['seconds']:.1f} s")
-        self.rows.append(row)
+        others["seconds"] = time.perf_counter() - self.round_started
+        words += [f"{name} {value:.3g}" for name, value in others.items()]
+        self.rows.append(row | others)
+        for i in range(self.pictures_per_round):
+            numbers = {name: values[i].item() for name, values in columns.items()}
+            self.pictures.append(start | {"picture": i} | numbers)
         write_rows(self.folder / "pictures.csv", self.pictures)
         write_rows(self.folder / "metrics.csv", self.rows)
         self.bar.write("  ".join(words))
@@ -172,8 +165,8 @@ class Run:
         weights = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}
         states = [thing if isinstance(thing, dict) else thing.state_dict() for thing in others]
         file = io.BytesIO()
-        torch.save({"round": n, "settings": self.settings, "weights": weights, "states": states,
-                    "rows": self.rows, "pictures": self.pictures, "fresh": self.fresh,
+        torch.save({"round": n, "weights": weights, "states": states, "rows": self.rows,
+                    "pictures": self.pictures, "fresh": self.fresh,
                     "seconds": time.perf_counter() - self.started}, file)
         write_whole(self.folder / CHECKPOINT, file.getbuffer())
 
@@ -187,9 +180,8 @@ class Run:
             return 0
         try:
             saved = torch.load(path, map_location=pipe.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # torch has a type of its own for each kind of damage
             raise ValueError(f"--resume: {path} cannot be read: {error}") from error
-        check_settings(path, saved["settings"], self.settings, "it is another run's")
         pipe.unet.load_state_dict(saved["weights"], strict=False)  # the others never change
         for thing, state in zip(others, saved["states"], strict=True):
             if isinstance(thing, dict):
@@ -216,7 +208,10 @@ class Run:
         summary = {"queries": self.rows[-1]["queries"],
                    "seconds": time.perf_counter() - self.started}
         for name, title in self.titles.items():
-            summary[name] = summarize(self.before[name], self.after[name]) | {"title": title}
+            before, after = self.before[name], self.after[name]
+            column = summary[name] = {"title": title}
+            for side, values in (("before", before), ("after", after), ("gain", after - before)):
+                column[side], column[side + "_se"] = training.mean_se(values)
         try:
             self.draw()
         except Exception as error:  # whatever it is, the weights are worth more
@@ -231,19 +226,10 @@ class Run:
     def draw(self):
         """The run's figures: pictures before and after, curves, and the film."""
         figures.before_after(self.folder / "before_after.png", self.before, self.after)
-        looks = list(self.fresh.values())
-        figures.curves(self.folder / "reward.png", self.rows, looks, self.titles)
+        figures.curves(self.folder / "reward.png", self.rows, self.fresh, self.titles)
         prompts, frames = read_film(self.folder)
         times = [f"{queries} queries" for queries in frames]
         figures.sheet(self.folder / "film.png", list(frames.values()), times, prompts)
-
-
-def summarize(before, after):
-    """Means and errors on the same fresh noise before and after, and of the paired difference."""
-    summary = {}
-    for name, values in (("before", before), ("after", after), ("gain", after - before)):
-        summary[name], summary[name + "_se"] = training.mean_se(values)
-    return summary
 
 
 def report(run, summary):
@@ -265,33 +251,30 @@ def parse(Config, doc, argv=None, sd=None):
     """flags.parse, where a run's own settings are the defaults behind --resume, and must stay."""
     config = flags.parse(Config, doc, argv, sd)
     if not config.resume:
+        Path(config.out).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows here
         return config
-    saved = saved_config(config.resume, Config)
-    config = flags.parse(Config, doc, argv, default=saved)
-    check_settings(f"--resume {config.resume}: it", asdict(saved), asdict(config),
-                   "it goes on as it began", MAY_CHANGE)
-    return config
-
-
-def saved_config(folder, Config):
-    """The Config in a run's config.json; ValueError unless this script began that run."""
+    folder = config.resume
+    if is_finished(folder):
+        raise ValueError(f"--resume {folder}: this run is finished; "
+                         f"--model {folder} trains its model further")
+    saved = models.read_config(folder)
+    saved.pop("method", None)
     try:
-        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        del saved["method"]
-        config = Config(**{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in saved.items()})
-        flags.check(config)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--resume {folder}: no run that this script began: {error}") from error
+        begun = Config(**{name: tuple(value) if isinstance(value, list) else value
+                          for name, value in saved.items()})
+    except TypeError as error:
+        raise ValueError(f"--resume {folder}: no run of this script: {error}") from error
+    config = flags.parse(Config, doc, argv, default=begun)
+    check_settings(folder, asdict(config), "it goes on as it began")
     return config
 
 
-def check_settings(source, saved, wanted, advice, ignored=NO_MATTER):
-    """ValueError naming the first flag of which a run's saved settings hold another value."""
-    wanted, saved = json.loads(json.dumps([wanted, saved]))  # a tuple becomes a list, as when saved
-    for name, value in wanted.items():
-        if name not in ignored and saved.get(name) != value:
-            raise ValueError(f"{source} was made with {flags.flag(name)} {saved.get(name)}, not "
+def check_settings(folder, wanted, advice):
+    """ValueError naming the first flag of which a run's config.json holds another value."""
+    saved = models.read_config(folder)
+    for name, value in json.loads(json.dumps(wanted)).items():  # a tuple becomes a list
+        if name not in NO_MATTER and saved.get(name) != value:
+            raise ValueError(f"{folder} was made with {flags.flag(name)} {saved.get(name)}, not "
                              f"{value}: {advice}")
 
 
@@ -303,22 +286,6 @@ def is_finished(folder):
     return Path(folder, "evaluation.json").is_file()
 
 
-@training.only_first
-def check_folder(config):
-    """ValueError unless --out can hold a new folder of the run's --name, or --resume can go on."""
-    flag, folder = ("--resume", config.resume) if config.resume else ("--out", config.out)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{flag} {folder}: no folder to write in: {error.strerror}") from error
-    if config.resume and is_finished(folder):
-        raise ValueError(f"--resume {folder}: this run is finished; "
-                         f"--model {folder} trains its model further")
-    if config.name and not config.resume and Path(folder, clean(config.name)).exists():
-        raise ValueError(f"--name {config.name}: there is such a run in {folder}")
-
-
 def clean(name):
     """A name as a folder can have it: a file's path has slashes, and a prompt is long."""
     name = re.sub(r"[^\w=.,-]+", "_", name)
@@ -327,13 +294,13 @@ def clean(name):
 
 @training.only_first
 def make_folder(config, method):
-    """A new folder runs/<name>/, never one that is there already."""
+    """A folder runs/<name>/ in which no run is yet."""
     base = clean(config.name or f"{method}_{config.reward}_{Path(config.prompts).stem}")
     folder, i = Path(config.out, base), 1
-    while folder.exists():
+    while (folder / "config.json").exists():
         i += 1
         folder = Path(config.out, f"{base}-{i}")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -374,26 +341,21 @@ def read_rows(path):
 
 def read_film(folder):
     """A run's film: prompts, and queries -> pictures of the same noise, one for each prompt."""
-    folder = Path(folder, "film")
+    folder, frames = Path(folder, "film"), {}
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    frames = {}
-    for path in sorted(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem)):
-        picture = Image.open(path).convert("RGB")
-        width = picture.width // len(prompts)
-        frames[int(path.stem)] = [picture.crop((i * width, 0, (i + 1) * width, picture.height))
-                                  for i in range(len(prompts))]
+    for queries in sorted(int(path.name) for path in folder.glob("[0-9]*")):
+        files = [folder / str(queries) / f"{k}.png" for k in range(len(prompts))]
+        frames[queries] = [Image.open(file).convert("RGB") for file in files]
     return prompts, frames
 
 
 def labels(folders):
-    """Label -> folder of finished runs: its name, or its path where that name is taken."""
-    found = {}
+    """Label -> folder of finished runs; a label is the end in which their paths differ."""
+    if not folders:
+        return {}
     for folder in folders:
         if not is_finished(folder):
             raise ValueError(f"--runs {folder}: no finished run; its evaluation.json is missing")
-        path = Path(folder).resolve()
-        if path in [Path(other).resolve() for other in found.values()]:
-            raise ValueError(f"--runs {folder}: this folder is given twice")
-        taken = path.name in found or path.name == "pretrained"
-        found[str(path) if taken else path.name] = folder
-    return found
+    paths = [Path(folder).resolve() for folder in folders]
+    above = os.path.commonpath([path.parent for path in paths])
+    return {os.path.relpath(path, above): path for path in paths}

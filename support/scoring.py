@@ -3,14 +3,13 @@
 Nothing here is a lesson. Which names there are, chapter 2 says: its table comes in as an argument.
 """
 import copy
-import importlib.util
+import importlib
 import math
-import os
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -102,76 +101,64 @@ def reward_from_file(spec, flag):
         with own_code(f"reward {spec}"):
             # Copies, for what it does to its lists or its pictures must change no one else's.
             values = function(*copy.deepcopy((images, prompts)))
-            # Read here, since a generator runs as it is read; one too many shows in `score`.
-            return [float(value) for value in islice(values, len(images) + 1)]
+            return [float(value) for value in values]  # here, since a generator runs as it is read
 
     reward.__name__ = spec
     return reward
 
 
+@torch.no_grad()  # which sets back what the file may switch off for all of torch
 def load_module(file, label=None):
     """The module of a Python file, under the file's own name, by which a process pool finds it."""
     file, label = Path(file).resolve(), label or file
     if not file.is_file():
         raise ValueError(f"{label}: there is no file {file}")
     sys.path.append(str(file.parent))
-    found = None if "." in file.stem else importlib.util.find_spec(file.stem)
-    if found is None or found.origin != str(file):
-        raise ValueError(f"{label}: rename {file}, for Python finds {found and found.origin} "
-                         f"where {file.stem!r} is imported")
-    if file.stem not in sys.modules:
-        module = sys.modules[file.stem] = importlib.util.module_from_spec(found)
-        with own_code(label):
-            found.loader.exec_module(module)
-    return sys.modules[file.stem]
+    with own_code(label):
+        module = importlib.import_module(file.stem)
+    found = getattr(module, "__file__", None)
+    if found != str(file):
+        raise ValueError(f"{label}: rename {file}, for Python finds {found} where {file.stem!r} is "
+                         "imported")
+    return module
 
 
 @contextmanager
 def own_code(label):
-    """Around code of the reader's own: sets back what it changes, and says whose errors it has."""
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    device, folder = torch.get_default_device(), os.getcwd()
+    """Around code of the reader's own: its errors are shown as Python does, behind its name."""
     try:
         yield
     except (Exception, SystemExit) as error:
         raise ValueError(f"{label} failed:\n{traceback.format_exc().strip()}") from error
-    finally:
-        os.chdir(folder)
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
 
 
 # ---- its numbers ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(reward, images, prompts, folder="runs"):
+def score(reward, images, prompts):
     """r (B,), the reward's numbers in float64; ValueError unless there are B finite ones.
 
-    The picture that got no finite number is saved in the folder. Of several processes each scores
-    the pictures that it drew; images may be None in the others' places.
+    Of several processes each scores the pictures that it drew; images may be None in the others'
+    places.
     """
     r = torch.zeros(len(images), dtype=torch.float64)
     mine = training.mine(len(images))
     if len(mine):
-        own = [images[i] for i in mine], [prompts[i] for i in mine]
-        r[mine] = checked_numbers(reward, *own, folder)
+        r[mine] = checked_numbers(reward, [images[i] for i in mine], [prompts[i] for i in mine])
     training.total(r)
     return r
 
 
-def checked_numbers(reward, images, prompts, folder="runs"):
-    """What `score` gives, of the pictures of one process."""
+def checked_numbers(reward, images, prompts):
+    """What `score` gives, of the pictures of one process; the picture of a bad number is saved."""
     name = getattr(reward, "__name__", reward)
     r = torch.tensor([float(value) for value in reward(images, prompts)], dtype=torch.float64)
     if len(r) != len(images):
         raise ValueError(f"reward {name}: {len(r)} numbers for {len(images)} pictures")
     for number, image, prompt in zip(r.tolist(), images, prompts):
         if not math.isfinite(number):
-            file = Path(folder, "bad_reward.png")
-            file.parent.mkdir(parents=True, exist_ok=True)
+            _, file = tempfile.mkstemp(".png")
             image.save(file)
             raise ValueError(f"reward {name}: {number} for a picture of {prompt!r}, see {file}")
     return r

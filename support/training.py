@@ -14,7 +14,6 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 PURPOSES = (  # what random numbers are for; the place in this list is part of their address
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
@@ -90,6 +89,15 @@ def mean_se(values):
     if len(values) < 2:
         return values.mean().item(), float("nan")
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def set_rate(optimizer, config, n):
+    """η_n = η·(1 − n/N) with --anneal, or η: the learning rate of round n = 0, 1, ... of N."""
+    rate = config.learning_rate
+    if config.anneal:
+        rate = rate * (1 - n / config.rounds)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 # ---- processes ------------------------------------------------------------------------------
@@ -170,14 +178,10 @@ def total_gradients(params):
 
 
 def all_images(images):
-    """B pictures of one size, of which this process has its own, and None in the others' places."""
+    """B pictures, of which this process has its own, and None in the others' places."""
     if processes() == 1:
         return images
-    size = torch.tensor(images[0].size if is_first() else (0, 0))  # the first has picture 0
-    total(size)
-    width, height = size.tolist()
-    pixels = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
-    for i in mine(len(images)).tolist():
-        pixels[i] = torch.from_numpy(np.array(images[i]))
-    total(pixels)
-    return [Image.fromarray(picture) for picture in pixels.numpy()]
+    connect()
+    parts = [None] * processes()
+    dist.all_gather_object(parts, images)
+    return [parts[i % processes()][i] for i in range(len(images))]

@@ -35,9 +35,8 @@ class Config:
     parts: tuple[str, ...] = ("processes", "round")  # and learning, which takes longer
     trl: str | None = None  # the Python of an environment that has TRL 0.23.1
     model: str = "tiny_sd"  # of the part "round"
-    rate: float = 1e-4  # learning rate of the part "learning", for ours
-    trl_rate: float = 3e-4  # and for TRL's, where it is the default
-    rounds: int = 28  # of the part "learning"
+    trl_rate: float = 3e-4  # learning rate of the part "learning" in TRL, where it is the default
+    trl_rounds: int = 40  # of the part "learning" in TRL, whose rounds have 128 pictures
     seeds: int = 1  # of the part "learning": 0, 1, ...
 
 
@@ -62,7 +61,7 @@ def train(words, *before):
 
 def train_trl(config, *words):
     """The same training in TRL.  -> one dict for each line that it printed"""
-    model = str(models.find_folder(config.model, "model_index.json"))
+    model = str(models.find(config.model, "model_index.json"))
     program = [config.trl, str(ROOT / "tests/benchmark_trl.py"), "--model", model]
     printed, _ = start([*program, *words])
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
@@ -97,14 +96,13 @@ def one_round(config):
 def learning(config):
     """Alignment on fresh noise after each quarter of the rounds, and the seconds until then."""
     for seed in range(config.seeds):
-        words = f"--rounds {config.rounds} --learning-rate {config.rate} --seed {seed}"
-        metrics, fresh, _ = train(words)
+        metrics, fresh, _ = train(f"--seed {seed}")
         for look in fresh:
             seconds = sum(row["seconds"] for row in metrics if row["queries"] <= look["queries"])
             print(f"seed {seed}, 03_ddpo.py: {look['reward']:.3f} after {look['queries']:.0f} "
                   f"queries and {seconds:.0f} s", flush=True)
         if config.trl:
-            rows = train_trl(config, "--part", "learning", "--rounds", str(config.rounds),
+            rows = train_trl(config, "--part", "learning", "--rounds", str(config.trl_rounds),
                              "--learning-rate", str(config.trl_rate), "--seed", str(seed))
             for n, row in enumerate(rows):
                 if "fresh" in row:

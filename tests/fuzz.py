@@ -39,6 +39,9 @@ def write_files():
     Path("folder").mkdir()
     Path("empty").touch()
     Path("bytes").write_bytes(bytes(range(256)) * 4)
+    Path("my.py").write_text("def few(images, prompts):\n    return [1]\n")
+    Path("runs/taken").mkdir(parents=True)
+    Path("runs/taken/config.json").write_text("precious")
 
 
 def random_case(rng):
@@ -56,7 +59,7 @@ def random_case(rng):
 
 def end_of(script, words):
     """The exit code of a command line, and all that it said on stderr."""
-    sys.argv = [script.replace(".", "/") + ".py", *BASE[script].split(), *words]
+    sys.argv = [script.replace(".", "/") + ".py", *BASE.get(script, "").split(), *words]
     said, code = io.StringIO(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:

@@ -36,25 +36,19 @@ WORDS, LENGTH, WIDTH = 49408, 77, 768  # CLIP ViT-L/14: tokens, tokens a prompt,
 
 
 def make_unet():
-    return UNet2DConditionModel(
-        sample_size=64, in_channels=4, out_channels=4, layers_per_block=2,
-        block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=WIDTH, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=WIDTH)  # all else is v1.5's
 
 
 def make_vae():
     return AutoencoderKL(
-        sample_size=512, in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2,
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4)
+        sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 
 
 def make_text_encoder():
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12,
-        num_attention_heads=12, max_position_embeddings=LENGTH, projection_dim=WIDTH,
-        bos_token_id=WORDS - 2, eos_token_id=WORDS - 1, pad_token_id=WORDS - 1))
+        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=12,
+        max_position_embeddings=LENGTH, bos_token_id=WORDS - 2, eos_token_id=WORDS - 1))
 
 
 def make_tokenizer():

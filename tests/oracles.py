@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from support import models
-from tests.equations.closed_forms import (  # noqa: F401 (others read them from here, too)
-    difference, gaussian, lightness, linear_steps, randn, stable_scheduler, warmth)
+from tests.equations.closed_forms import gaussian, linear_steps
 
 # Where a purpose stands in the address of a random number.
 TRAIN, EVALUATE, PROMPTS, MINIBATCHES, TIMESTEPS, ADAPTERS, VALUE, VALUE_BATCHES = (
@@ -49,6 +48,8 @@ def train(config, method, prompts, reward, gold=None):
             row["kl"] = np.mean([path_kl(frozen, scheduler, config, chain) for chain in chains])
         else:
             A = ddpo_advantages(r, chosen, history, config)
+        left = 1 - n / N if config.anneal else 1
+        optimizer.param_groups[0]["lr"] = left * config.learning_rate
         order, updates = range(B), 1
         if method != "sf":
             order = random(config.seed, MINIBATCHES, n).permutation(B)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageFilter
+from scipy import ndimage
 
 from tiny_sd import shapes
 
@@ -26,7 +27,8 @@ GOOD_SHAPE = 0.85  # a blob that overlaps this much with a shape is that shape
 MARGIN = 0.08  # share of a blob that another reading must explain more
 PATCH = 24  # px; objects are compared at this standard size
 MIN_DIGIT = 0.75  # least overlap with the best of the four digits for gray ink to count as written
-GRID = ((torch.arange(PATCH) + 0.5) / PATCH * 2 - 1) * 1.15  # in units of sqrt(area)
+GRID = ((np.arange(PATCH) + 0.5) / PATCH * 2 - 1) * 1.15  # in units of sqrt(area)
+TOUCHING = np.ones((3, 3))  # pixels that meet at a corner are connected, too
 
 
 def find_ink(pixels):
@@ -49,37 +51,18 @@ def find_ink(pixels):
 
 
 def objects_ink(pixels):
-    """`find_ink` without the writing, whose pixels are as bare as the background."""
+    """`find_ink` without the writing, whose pixels are as bare as the background; for numpy."""
     coverage, nearest = find_ink(pixels)
     is_gray = nearest == len(shapes.COLORS)
-    return coverage.masked_fill(is_gray, 0), nearest.masked_fill(is_gray, 0)
-
-
-def components(mask):
-    """Label connected pixels: (N,H,W) bool -> int labels, 0 outside, equal inside a component.
-
-    Every pixel starts with its own number, and the largest number spreads until nothing changes.
-    """
-    N, H, W = mask.shape
-    labels = mask * torch.arange(1, H * W + 1, dtype=torch.float32).view(1, H, W)
-    while True:
-        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
-        if torch.equal(spread, labels):
-            return labels.long()
-        labels = spread
+    return coverage.masked_fill(is_gray, 0).numpy(), nearest.masked_fill(is_gray, 0).numpy()
 
 
 def standard_patch(weight):
     """An object's soft mask (H,W) -> center x, y, size = sqrt(area), its (PATCH,PATCH) patch."""
-    H, W = weight.shape
-    area = weight.sum()
-    x = (weight.sum(0) * (torch.arange(W) + 0.5)).sum() / area
-    y = (weight.sum(1) * (torch.arange(H) + 0.5)).sum() / area
-    u = (x + GRID * area.sqrt()) / W * 2 - 1
-    v = (y + GRID * area.sqrt()) / H * 2 - 1
-    where = torch.stack(torch.broadcast_tensors(u[None, :], v[:, None]), -1)[None]
-    patch = F.grid_sample(weight[None, None], where, align_corners=False)[0, 0]
-    return float(x), float(y), float(area.sqrt()), patch
+    size = weight.sum() ** 0.5
+    y, x = ndimage.center_of_mass(weight)
+    where = np.meshgrid(y + GRID * size, x + GRID * size, indexing="ij")
+    return x + 0.5, y + 0.5, size, ndimage.map_coordinates(weight, where, order=1)
 
 
 @cache
@@ -91,7 +74,7 @@ def templates():
             picture = shapes.draw([shapes.Object("blue", shape, 32, 32, 15)], (240, 240, 240))
             soft, _ = objects_ink(to_tensor([picture.filter(ImageFilter.GaussianBlur(blur))]))
             patches.append(standard_patch(soft[0])[3])
-    return torch.stack(patches).view(3, 4, PATCH, PATCH)
+    return np.stack(patches).reshape(3, 4, PATCH, PATCH)
 
 
 def to_tensor(images):
@@ -104,46 +87,50 @@ def to_tensor(images):
 
 def pieces_of(mask):
     """The connected pieces of a mask (H,W) that are large enough for an object: a list of masks."""
-    labels = components(mask[None])[0]
-    numbers, areas = labels.unique(return_counts=True)
-    return [labels == n for n, area in zip(numbers.tolist(), areas.tolist())
-            if n > 0 and area >= MIN_AREA]
+    labels, count = ndimage.label(mask, TOUCHING)
+    return large_ones(labels, count)
+
+
+def large_ones(labels, count):
+    """The masks of the labels 1 ... count, but for those that are too small for an object."""
+    masks = [labels == n + 1 for n in range(count)]
+    return [mask for mask in masks if mask.sum() >= MIN_AREA]
 
 
 def pull_apart(mask):
     """Pieces that a mask falls into when its rim is worn off, grown back: objects that touch."""
     core = mask
     for worn in range(1, 5):
-        core = -F.max_pool2d(-core[None].float(), 3, stride=1, padding=1)[0] > 0.5
-        labels = components(core[None])
-        if len(labels.unique()) > 2:  # 0 and at least two pieces; each pixel goes to the nearest
-            for _ in range(2 * worn):
-                grown = F.max_pool2d(labels.float(), 3, stride=1, padding=1).long()
-                labels = torch.where((labels == 0) & mask, grown, labels)
-            return [labels[0] == n for n in labels.unique()[1:] if (labels == n).sum() >= MIN_AREA]
+        core = ndimage.binary_erosion(core, TOUCHING, border_value=1)
+        labels, count = ndimage.label(core, TOUCHING)
+        if count > 1:
+            for _ in range(2 * worn):  # each pixel goes to the nearest
+                grown = ndimage.maximum_filter(labels, 3)
+                labels = np.where((labels == 0) & mask, grown, labels)
+            return large_ones(labels, count)
     return [mask]
 
 
 def cut_across(mask):
     """The two halves of a mask, cut through its center across its long axis."""
-    yx = mask.nonzero().float()
+    yx = np.argwhere(mask)
     yx = yx - yx.mean(0)
-    axis = torch.linalg.eigh(yx.T @ yx).eigenvectors[:, 1]
-    first = torch.zeros_like(mask)
+    axis = np.linalg.eigh(yx.T @ yx).eigenvectors[:, 1]
+    first = np.zeros_like(mask)
     first[mask] = yx @ axis > 0
-    return [piece for half in (first, mask & ~first) for piece in pieces_of(half)]
+    return pieces_of(first) + pieces_of(mask & ~first)
 
 
 def recognize(piece, soft, color, ink):
     """One piece of ink as an Object, and how much that explains: area · overlap."""
-    rim = F.max_pool2d(piece[None].float(), 3, stride=1, padding=1)[0] > 0
+    rim = ndimage.binary_dilation(piece, TOUCHING)
     x, y, size, patch = standard_patch(soft * (piece | (rim & ~ink)))
-    overlap = torch.minimum(patch, templates()).sum((2, 3))
-    overlap = overlap / torch.maximum(patch, templates()).sum((2, 3))
-    overlap = overlap.max(0).values  # the blur that fits best
-    name = list(shapes.COLORS)[color[piece].bincount().argmax()]  # most of it; colors may run
+    overlap = np.minimum(patch, templates()).sum((2, 3))
+    overlap = overlap / np.maximum(patch, templates()).sum((2, 3))
+    overlap = overlap.max(0)  # the blur that fits best
+    name = list(shapes.COLORS)[np.bincount(color[piece]).argmax()]  # most of it; colors may run
     found = shapes.Object(name, shapes.SHAPES[overlap.argmax()], x, y, size)
-    return (found if overlap.max() >= MIN_SHAPE else None), float(overlap.max() * piece.sum())
+    return (found if overlap.max() >= MIN_SHAPE else None), overlap.max() * piece.sum()
 
 
 @torch.no_grad()
@@ -159,7 +146,7 @@ def see(images):
         for blob in pieces_of(ink):
             best = [recognize(blob, soft, color, ink)]
             if best[0][1] < GOOD_SHAPE * blob.sum():
-                by_color = [p for c in color[blob].unique() for p in pieces_of(blob & (color == c))]
+                by_color = [p for c in set(color[blob]) for p in pieces_of(blob & (color == c))]
                 for pieces in (by_color, pull_apart(blob), cut_across(blob),
                                [q for p in by_color for q in pull_apart(p)]):
                     reading = [recognize(piece, soft, color, ink) for piece in pieces]

@@ -19,6 +19,7 @@ that the model learned from, some with a digit, are web.py's.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -51,6 +52,10 @@ CORNER = 50  # px; where something is written, no object reaches to the right of
 
 PLURALS = tuple(shape + "s" for shape in SHAPES)
 WORDS = [*"a an and on the".split(), *COLORS, *SHAPES, *PLURALS, *NUMBERS, *PLACES]
+
+PHRASE = re.compile(  # what asks for objects of one kind: number, color, shape, place
+    f"(an?|{'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})s?"
+    f"(?: on the ({'|'.join(PLACES)}))?")
 
 HELD_OUT = frozenset(  # (count, color, shape): in no caption and in no picture of pretraining
     [(1, "purple", "triangle"), (1, "yellow", "square"), (1, "green", "circle")]
@@ -110,23 +115,17 @@ def caption(request):
 
 
 def parse(prompt):
-    """Read a prompt into a request; ValueError names the prompt and the word that does not fit."""
+    """Read a prompt into a request; ValueError names the prompt and the phrase that does not fit."""
     request = []
     for phrase in prompt.lower().strip().rstrip(".").split(" and "):
-        words = phrase.split()
-        number, words = (words[0], words[1:]) if words else ("", words)
-        count = {"a": 1, "an": 1, **{word: i + 1 for i, word in enumerate(NUMBERS)}}.get(number, 0)
-        color = words.pop(0) if words and words[0] in COLORS else None
-        noun = words.pop(0) if words else ""
-        shape = noun.removesuffix("s") if count > 1 else noun
-        places = {("on", "the", place): place for place in PLACES}
-        place = places.get(tuple(words))
-        left_over = [] if place else words
-        if not count or shape not in SHAPES or left_over:
+        words = PHRASE.fullmatch(" ".join(phrase.split()))
+        if words is None:
             raise ValueError(
                 f"prompt {prompt!r}: the shape world cannot read {phrase!r}; "
                 "it knows e.g. 'a red circle and a blue square' or 'a green star on the left'"
             )
+        number, color, shape, place = words.groups()
+        count = NUMBERS.index(number) + 1 if number in NUMBERS else 1
         request.append(Group(count, color, shape, place))
     return tuple(request)
 

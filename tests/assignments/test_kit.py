@@ -3,14 +3,16 @@ import ast
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from support.models import HERE as ROOT
+from tests.test_house import ROOT, imports_of
 
 sys.path.insert(0, str(ROOT / "assignments"))
 import check  # noqa: E402
@@ -32,17 +34,17 @@ def homework(tmp_path_factory):
     return make.main([str(tmp_path_factory.mktemp("all") / "homework")])
 
 
-def test_the_table_has_all_chapters_and_every_exercise_has_tests_and_wrong_answers():
-    assert len(EXERCISES) >= 34 and {exercise.chapter for exercise in EXERCISES} == {1, 2, 3, 4, 5}
+def test_every_exercise_has_a_number_tests_and_wrong_answers():
+    assert len(EXERCISES) >= 34
     wrong = {mutant.exercise.function for mutant in mutants.MUTANTS}
+    chapters = Counter()
     for exercise in EXERCISES:
+        chapters[exercise.chapter] += 1
+        assert exercise.number == f"{exercise.chapter}.{chapters[exercise.chapter]}"
         assert exercises.files_of(exercise.function), exercise.number
         assert ast.get_docstring(ast.parse(text_of(exercise)).body[0]), exercise.number
         assert exercise.function in wrong and exercise.points > 0 and exercise.hint[-1] in ".?"
-    per_chapter, files = {}, {exercise.file for exercise in EXERCISES}
-    for exercise in EXERCISES:
-        per_chapter.setdefault(exercise.chapter, []).append(int(exercise.number.split(".")[1]))
-    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in per_chapter.values())
+    files = {exercise.file for exercise in EXERCISES}
     assert len({Path(file).name for file in files}) == len(files)  # so that they may lie flat
 
 
@@ -62,30 +64,29 @@ def unparsed(text):
     return ast.unparse(ast.parse(text))
 
 
-def leaks(folder, chapter):
+def leaks(folder):
     """(exercise, file) where two statements of an answer, or most of a loop's, are in a file."""
     texts = {file: unparsed(file.read_text(encoding="utf-8")) for file in folder.rglob("*.py")}
     found = []
     for exercise in EXERCISES:
-        if exercise.chapter >= chapter:
-            own = set(statements(cut.answer_of(ast.parse(text_of(exercise)).body[0])))
-            needed = min(2 if len(own) < 12 else len(own) * 2 // 3, len(own)) or 9
-            found += [(exercise.number, file.name) for file, text in texts.items()
-                      if sum(statement in text for statement in own) >= needed]
+        own = set(statements(cut.answer_of(ast.parse(text_of(exercise)).body[0])))
+        needed = min(2 if len(own) < 12 else len(own) * 2 // 3, len(own)) or 9
+        found += [(exercise.number, file.name) for file, text in texts.items()
+                  if sum(statement in text for statement in own) >= needed]
     return found
 
 
 def test_no_answer_is_left_in_a_homework(homework, tmp_path):
-    assert leaks(homework, 1) == []
+    assert leaks(homework) == []
     for solution in make.SOLUTIONS:
         assert not (homework / solution).exists()
     listed = (homework / "HOMEWORK.md").read_text(encoding="utf-8")
     for exercise in EXERCISES:
         text = text_of(exercise, homework)
-        assert cut.is_blank(text) and f"Exercise {exercise.number}: " in text
-        assert exercise.number in listed and exercise.hint in listed
+        assert f"Exercise {exercise.number}: " in text and exercise.hint in listed
+        assert grade.answer_in(homework, exercise) == (None, "not answered yet")
     make.copy_all(tmp_path / "whole")
-    assert leaks(tmp_path / "whole", 1) != []  # this test can see one
+    assert leaks(tmp_path / "whole") != []  # this test can see one
 
 
 def test_all_but_the_answers_comes_along_and_needs_nothing_that_does_not(homework):
@@ -99,10 +100,11 @@ def test_all_but_the_answers_comes_along_and_needs_nothing_that_does_not(homewor
                 assert ast.dump(node.args) == ast.dump(blank.args)
                 node.body = blank.body = []
         assert ast.dump(whole) == ast.dump(left)
-    gone = [Path(name).with_suffix("").as_posix().replace("/", ".") for name in make.SOLUTIONS]
     for file in homework.rglob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        assert not [name for name in gone if f"from {name} import" in text], file
+        for name in imports_of(file.read_text(encoding="utf-8")):
+            path = Path(*name.split("."))  # of a module, or of what is in it
+            for solution in map(Path, make.SOLUTIONS):
+                assert not path.is_relative_to(solution.with_suffix("")), file
 
 
 def test_a_copy_without_git_leaves_out_what_a_course_keeps_beside_it(tmp_path, monkeypatch):
@@ -118,7 +120,6 @@ def test_a_copy_without_git_leaves_out_what_a_course_keeps_beside_it(tmp_path, m
 
 def test_later_chapters_are_blank_and_earlier_ones_whole(tmp_path):
     copy = make.main([str(tmp_path / "third"), "--chapter", "3"])
-    assert leaks(copy, 3) == []
     for exercise in EXERCISES:
         text = text_of(exercise, copy)
         assert cut.is_blank(text) == (exercise.chapter >= 3)
@@ -133,13 +134,11 @@ def test_a_bug_hunt_has_three_mistakes_in_three_chapters_and_nothing_else(tmp_pa
     assert len(changed) == 3 == len({exercise.chapter for exercise in changed})
     bugs = make.drawn_bugs(5)
     assert {text_of(exercise, copy) for exercise in changed} == {bug.text() for bug in bugs}
-    for bug in bugs:
-        file = bug.exercise.file
-        before, after = (Path(folder, file).read_text(encoding="utf-8").split("\n")
-                         for folder in (ROOT, copy))
-        new = [n for n, line in enumerate(after, 1) if line not in before]
-        assert f"{file}, {bug.exercise.name}: {bug.words}" in solution
-        assert not new or f"line {new[0]} is" in solution and after[new[0] - 1] in solution
+    places = re.findall(r"^(\S+), (\S+): (.+)\n  line (\d+) is\n(.*)", solution, re.MULTILINE)
+    assert len(places) == 3
+    for bug, (file, name, words, number, line) in zip(bugs, places):
+        assert (file, name, words) == (bug.exercise.file, bug.exercise.name, bug.words)
+        assert (copy / file).read_text(encoding="utf-8").split("\n")[int(number) - 1] == line
 
 
 @pytest.mark.parametrize("words, named", [(["."], "already"), (["x", "--hint"], "--bug-hunt")])
@@ -192,35 +191,24 @@ HONEST = (  # bodies of a function with the arguments x and pipe
     "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nreturn '{}: {}'.format(device, x)",
     "from torch.distributions.kl import kl_divergence\nD = torch.distributions\n"
     "return kl_divergence(D.Normal(x, 1), D.Normal(0.0, 1.0))",
-    "from dataclasses import dataclass, replace\n@dataclass\nclass P:\n    a: int = 1\nreturn P()",
     "import numpy as np\nfrom math import log\nrng = np.random.default_rng(0)\n"
-    "return np.array([log(2)]).mean() + rng.normal()",
-    "import torch.nn.functional as F\nfrom torch import nn\nnet = nn.ReLU().eval()\n"
-    "return F.logsigmoid(net(x)), getattr(pipe.unet, 'peft_config', None)",
+    "return np.array([log(2)]).mean() + rng.normal(), getattr(pipe.unet, 'peft_config', None)",
     "optimizer = torch.optim.Adam(x.parameters())\nfor p in x.parameters():\n    p.grad = None\n"
-    "x(torch.ones(1)).sum().backward()\noptimizer.step()\noptimizer.zero_grad()",
-    "import copy\ntuned = pipe.unet\npipe.unet = copy.deepcopy(tuned)\npipe.unet = tuned",
-    "if (n := len(x)) > 1:\n    return f'{n:.2f}', type(x)(x), torch.finfo(x.dtype).eps",
-    "a, (b, *c) = x\nfor i, y in enumerate(c):\n    a[i], b = y, a\nreturn a, b, c",
-    "same = torch.eye(3)\nsame.diagonal()[:] = 0\nsame[0, 1] += 1\nlog = {}\nlog['a'] = same",
-    "net = super(type(x), x).__init__\nreturn net.__name__, x.__getitem__(0), x.state_dict()",
+    "x.eval()(torch.ones(1)).sum().backward()\noptimizer.step()\noptimizer.zero_grad()",
+    "tuned = pipe.unet\npipe.unet = x\nsame = torch.eye(3)\nsame.diagonal()[:] = 0\n"
+    "same[0, 1] += 1\npipe.unet = tuned\nreturn super(type(x), x).__init__.__name__",
 )
 REFUSED = (  # what an answer has no need for, and what is said of it
-    ("import os\nos._exit(0)", "imports os"), ("import sys", "imports sys"),
-    ("from tests.oracles import ddpo", "imports tests"), ("import importlib", "importlib"),
+    ("import os\nos._exit(0)", "imports os"), ("from tests.oracles import ddpo", "imports tests"),
     ("return open('01_mdp.py').read()", "open"), ("eval('1')", "eval"),
-    ("exec('x = 1')", "exec"), ("return x.__class__", "__class__"),
-    ("return __builtins__['eval']", "__builtins__"), ("return __import__('os')", "__import__"),
-    ("return (i for i in '').gi_frame", "gi_frame"),
-    ("return '{0.__globals__}'.format(x)", "__globals__"), ("torch._C.x()", "_C"),
+    ("return x.__class__", "__class__"), ("return __builtins__['eval']", "__builtins__"),
+    ("return (i for i in '').gi_frame", "gi_frame"), ("torch._C.x()", "_C"),
+    ("return '{0.__globals__}'.format(x)", "__globals__"),
     ("import torch\ntorch.testing.assert_close = print", "it changes torch.testing"),
     ("mdp.log_prob = x", "it changes mdp.log_prob"), ("torch.pi[0] = 3", "it changes torch.pi"),
-    ("setattr(torch, 'x', 1)", "setattr"), ("return vars(torch)", "vars"),
-    ("import numpy as np\nnp.load('x')", "load"), ("return x._modules", "_modules"),
-    ("from numpy import fromfile", "fromfile"), ("return runs.Path('x')", "Path"),
+    ("import numpy as np\nnp.load('x')", "load"), ("from numpy import fromfile", "fromfile"),
     ("from operator import attrgetter as a", "attrgetter"), ("models.os.getcwd()", "os"),
-    ("global torch\ntorch = None", "changes global torch"), ("import pytest", "imports pytest"),
-    ("return torch.hub", "hub"), ("import io\nio.FileIO(3, 'w')", "FileIO"),
+    ("global torch\ntorch = None", "changes global torch"),
 )
 
 
@@ -252,11 +240,6 @@ def graded(folder, *words):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert f"\n{results['score']} of " in done.stdout
     return {test["number"]: test for test in results["tests"]}
-
-
-def test_untouched_blanks_get_nothing(homework):
-    for exercise in EXERCISES:
-        assert grade.answer_in(homework, exercise) == (None, "not answered yet")
 
 
 @pytest.mark.slow

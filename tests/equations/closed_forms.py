@@ -19,6 +19,17 @@ from support import training
 T, SHAPE, S, GOAL = 6, (2, 2, 3), 0.5, 1.5  # steps, a latent, spread of the data, best picture
 D = math.prod(SHAPE)
 START = (1.05, 0.08)  # κ and θ of the policy that a loop begins with
+LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
+            learning_rate=0.02, max_grad_norm=2.0, seed=3)
+CASES = {
+    "plain": dict(),
+    "no step weights": dict(step_weight="none"),
+    "a large gradient is not cut": dict(max_grad_norm=math.inf, learning_rate=1e-3),
+    "another eta, batches of 7": dict(eta=0.5, train_batch_size=7),
+    "guidance": dict(guidance_scale=3.0),
+    "the ratio's D-th root": dict(ratio="per_dim", clip_range=0.02, max_grad_norm=0.2),
+    "half of the steps": dict(timestep_fraction=0.5, train_batch_size=7),
+}
 
 
 def randn(*shape, seed=0):
@@ -164,19 +175,6 @@ def draw(pipe, B, generator, eta=1.0, scale=1.0, prompts=True):
     return trajectory
 
 
-def slopes(trajectory, i, k, by_mean, eta, scale):
-    """Gradients of κ, θ, listen, of what has the derivatives by_mean (M,...) by each pair's μ."""
-    gain, _, feed, _ = coefficients(eta)
-    _, _, feed_1, sigma_1 = coefficients()  # the UNet pushes by these at any eta
-    c, empty = trajectory.prompt_embeds.mean(1), trajectory.negative_embeds.mean(1)
-    heard = empty + scale * (c - empty)
-    by_eps = feed[k].view(-1, 1, 1, 1) * by_mean
-    kappa = (by_eps * gain[k].view(-1, 1, 1, 1) * trajectory.latents[i, k]).sum()
-    by_shift = by_eps.sum((1, 2, 3))
-    theta = torch.zeros(T).double().index_add(0, k, by_shift * (sigma_1 / feed_1)[k])
-    return kappa, theta, by_shift @ heard[i]
-
-
 def reward_of(trajectory):
     return -((trajectory.latents[:, -1] - GOAL) ** 2).sum((1, 2, 3))
 
@@ -185,20 +183,13 @@ def gold_of(trajectory):
     return trajectory.latents[:, -1].mean((1, 2, 3))
 
 
-def closed_form(unet, alpha=1.0, beta=0.0, frozen_states=False):
-    """J = E[−α·‖x_0 − goal‖² − β·Σ KL_t] without prompts, from the chain's two moments.
-
-    KL from the chain with κ = 1, θ = 0. frozen_states: without how θ changes which x_t are met.
-    """
-    mean, variance, penalty = double(0.0), double(1.0), 0.0
+def closed_form(unet):
+    """J = E[−‖x_0 − goal‖²] without prompts, from the chain's two moments."""
+    mean, variance = double(0.0), double(1.0)
     for k, (gain, keep, feed, sigma) in enumerate(zip(*coefficients())):
-        m, v = (mean.detach(), variance.detach()) if frozen_states else (mean, variance)
-        slope = feed * gain * (unet.kappa - 1)
-        gap = slope * m + sigma * unet.theta[k]  # between the two means, at the mean state
-        penalty = penalty + D * (gap**2 + slope**2 * v) / (2 * sigma**2)
         factor = keep + feed * gain * unet.kappa
         mean, variance = factor * mean + sigma * unet.theta[k], factor**2 * variance + sigma**2
-    return -alpha * D * (variance + (mean - GOAL) ** 2) - beta * penalty
+    return -D * (variance + (mean - GOAL) ** 2)
 
 
 # ---- a chapter's loop on this chain, and each of its steps by hand --------------------------
@@ -236,7 +227,7 @@ def rehearse(loop, config, monkeypatch, *more):
         yield
         pipe.unet = tuned
 
-    def get_reward(spec, config, device=None, flag="--reward"):
+    def get_reward(spec, config, flag="--reward"):
         return {"--reward": reward_of, "--gold": gold_of}[flag]
 
     monkeypatch.setitem(loop.__globals__, "get_prompts", lambda name: ["p", "q"])
@@ -281,13 +272,13 @@ def step_weights_by_hand(config):
     return weight / weight.mean()
 
 
-@torch.no_grad()
 def by_hand(config, method, advantages):
-    """Each step's gradient of −J, written out, and each round's notes.
+    """Each step's gradient of −J, written out down to ∂J/∂μ, and each round's notes.
 
     method: "sf", "is" or "dpok"; advantages(trajectory, prompts, n) -> (B,1) or (B,T).
     """
     pipe, steps, rows = make_pipe(*START), [], []
+    params = list(pipe.unet.parameters())
     eta, scale = config.eta, config.guidance_scale
     for n in range(config.rounds):
         prompts = training.prompts_of_round(["p", "q"], config, n)
@@ -298,6 +289,7 @@ def by_hand(config, method, advantages):
         if method != "sf":
             updates = config.updates_per_round
             order = training.permutation(len(prompts), config.seed, "minibatches", n)
+        rate = config.learning_rate * (1 - n / config.rounds if config.anneal else 1)
         kl_old, outside = [], []
         for pictures in order.tensor_split(updates):
             i, k = pairs_by_hand(pictures, config, n)
@@ -310,14 +302,14 @@ def by_hand(config, method, advantages):
             by_mean = by_log_prob.view(-1, 1, 1, 1) * (trajectory.latents[i, k + 1] - mean)
             if method == "dpok":
                 by_mean = config.alpha * by_mean - config.beta / root * (mean - pre[i, k])
-            gradient = slopes(trajectory, i, k, by_mean / sigma**2, eta, scale)
             # A mean over pictures of a sum over steps; twice, for there are two processes.
-            gradient = [-2 * T / len(i) * slope for slope in gradient]
+            by_mean = -2 * T / len(i) * by_mean / sigma**2
+            gradient = torch.autograd.grad(mean, params, by_mean.detach(), retain_graph=True)
             length = torch.cat([slope.flatten() for slope in gradient]).norm()
             shrink = min(1, config.max_grad_norm / length)
             steps.append([shrink * slope for slope in gradient])
-            for p, slope in zip(pipe.unet.parameters(), steps[-1]):
-                p -= config.learning_rate * slope
+            for p, slope in zip(params, steps[-1]):
+                p.data -= rate * slope
             looked_at = a != 0 if method == "is" else a == a
             moved = (mean - trajectory.means[i, k]) / sigma
             kl_old.append(T / 2 * moved.square().sum((1, 2, 3))[looked_at])

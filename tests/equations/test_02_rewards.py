@@ -1,7 +1,7 @@
 """Chapter 2: rewards by hand, and forward passes of random checkpoints in published formats."""
 import math
 import re
-import sys
+import shutil
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from scipy import stats
 
 from experiments import make_rewards
+from support import models
 from support import reward_models as nets
 from tiny_sd import shapes
 
@@ -115,7 +117,7 @@ def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
 def image_reward_weights():
     """Random weights under every key of ImageReward.pt, in the shapes of the twin."""
     g, weights = torch.Generator().manual_seed(3), {}
-    for key, value in load_file(nets.find("tiny_sd/image_reward/model.safetensors")).items():
+    for key, value in load_file(models.find("tiny_sd/image_reward/model.safetensors")).items():
         scale = 0.3 if value.ndim == 1 else 2 * value.shape[-1] ** -0.5
         if re.search(r"cls_token|pos_embed|patch_embed|embeddings\.(word|position)_emb", key):
             scale = 0.001 * scale  # so small that the ε of layer norms matters
@@ -140,10 +142,7 @@ def image_reward_by_hand(weights, pixels, ids, mask):
 
     def attend(q, k, v, mask=None):
         q, k, v = (x.unflatten(2, (-1, 64)).transpose(1, 2) for x in (q, k, v))
-        logits = q @ k.transpose(2, 3) / 8
-        if mask is not None:
-            logits = logits.masked_fill(mask[:, None, None] == 0, -math.inf)
-        return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     v = "blip.visual_encoder."
     patches = F.conv2d(pixels.double(), take(v + "patch_embed.proj.weight"),
@@ -181,6 +180,7 @@ def test_image_reward_is_the_original_model(tmp_path):
     weights, unused = image_reward_weights()
     images, file = noise_pictures(3, 64), tmp_path / "ImageReward.pt"
     torch.save(weights, file)
+    shutil.copy(models.find("tiny_sd/image_reward/blip_config.json"), tmp_path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "star"]
     vocabulary = {word: i for i, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_image_reward_is_the_original_model(tmp_path):
     got = rewards.score(rewards.get_reward("image_reward", config, "cpu"), images, prompts)
     ids = torch.tensor([[2, 5, 6, 8, 3] + [0] * 30, [2, 5, 7, 9, 3] + [0] * 30,
                         [2] + [6] * 33 + [3]])
-    want = image_reward_by_hand(weights, clip_input(images), ids, (ids != 0).long())
+    want = image_reward_by_hand(weights, clip_input(images), ids, (ids != 0)[:, None, None])
     assert got.tolist() == pytest.approx(want.tolist(), rel=1e-4) and got.std() > 1
     assert sorted(weights) == sorted(unused)
 
@@ -274,13 +274,14 @@ def test_an_answer_is_right_word_for_word():
 
 
 @pytest.mark.equation("ranks", "02_rewards.ranks")
-def test_ranks_are_the_mean_places_in_a_sorted_list():
-    for values in ([3.0], [2, 2, 2], [5, 5, 7, 6, 5], [0.5, -1, 0.5, 9, 9, -1]):
-        want = []
-        for value in values:
-            places = [place + 1 for place, other in enumerate(sorted(values)) if other == value]
-            want.append(sum(places) / len(places))
-        assert rewards.ranks(torch.tensor(values)).tolist() == want
+@pytest.mark.equation("Spearman's ρ", "02_rewards.spearman")
+@pytest.mark.parametrize("values", ([5, 5, 7, 6, 5], [0.5, -1, 0.5, 9, 9], [4, 3, 2, 1, 0]))
+def test_ranks_and_their_correlation_are_scipys(values):
+    x, other = torch.tensor(values), torch.tensor([1.0, 8.0, 27.0, 3.0, 2.0])
+    assert rewards.ranks(x).tolist() == stats.rankdata(values).tolist()
+    rho = stats.spearmanr(values, other).statistic
+    assert rewards.spearman(x, other).item() == pytest.approx(rho)
+    assert rewards.spearman(x[:1], x[:1]).isnan()
 
 
 @pytest.mark.equation("Bradley–Terry", "experiments.make_rewards.bradley_terry_loss")
@@ -296,76 +297,37 @@ def test_bradley_terry_loss_is_minus_the_log_of_the_chance_that_the_better_wins(
     assert far.item() == pytest.approx(2000)  # where exp overflows or log(0) is infinite
 
 
-@pytest.mark.equation("Spearman's ρ", "02_rewards.spearman")
-def test_spearman_by_hand():
-    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert rewards.spearman(a, a**3).item() == pytest.approx(1)
-    tied = torch.tensor([5.0, 5.0, 7.0, 6.0])  # ranks 1.5, 1.5, 4, 3
-    want = np.corrcoef([1, 2, 3, 4], [1.5, 1.5, 4, 3])[0, 1]
-    assert rewards.spearman(a, tied).item() == pytest.approx(want)
-    assert rewards.spearman(a[:1], a[:1]).isnan()
-
-
 MINE = """
-calls = []
-def bright(images, prompts):
-    calls.append((images, prompts))
-    return [sum(image.convert("L").tobytes()) / 4096 for image in images]
 def first(images, prompts):
     return [1, 2, 6, 20, 30, 10]
 def second(images, prompts):
     return [2, 1, 3, 6, 5, 4]
-def bad(images, prompts):
-    return [float("nan")] * len(images)
+def light(images, prompts):
+    return [sum(image.convert("L").tobytes()) / 4096 for image in images]
 """
 PROMPTS = ["a red circle", "two blue stars"]
 
 
-@pytest.fixture
-def run(pipe, tmp_path, monkeypatch, capsys):
-    """(rewards, flags) -> rows of printed words, and the pictures and prompts that it scored."""
-    def main(rewards_of_mine, words):
-        rewards.main(["--rewards", *rewards_of_mine.replace("mine", str(file)).split(),
-                      "--out", str(tmp_path / "a.png"), *words.split(), "--prompts", *PROMPTS])
-        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-        return rows, *sys.modules[file.stem].calls[-1]
-
-    file = tmp_path / f"{tmp_path.name}.py"
+def test_main_draws_with_its_flags_and_prints_means_and_rank_correlations(
+        pipe, tmp_path, monkeypatch, capsys):
+    file, shown = tmp_path / f"{tmp_path.name}.py", []
     file.write_text(MINE)
-    monkeypatch.setattr(rewards.models, "load_pipeline", lambda *names: pipe)
-    return main
-
-
-def test_main_draws_with_its_flags_and_prints_the_mean_of_each_prompt(run, pipe, monkeypatch):
-    shown = []
     monkeypatch.setattr(rewards.figures, "ranking", lambda *arguments: shown.extend(arguments))
-    rows, images, prompts = run("mine:bright", "--samples 3 --num-steps 3 --eta 0.5 --seed 4 "
-                                "--guidance-scale 2")
+    words = [*"--samples 3 --num-steps 3 --eta 0.5 --seed 4 --guidance-scale 2 --show 2".split(),
+             "--device", "cpu", "--out", str(tmp_path / "a.png"), "--prompts", *PROMPTS]
+    names = "mine:first,mine:second mine:second=2,mine:light=0 mine:light"
+    rewards.main([*words, "--rewards", *names.replace("mine", str(file)).split()])
+    _, images, prompts, scores, show = shown
     config = SimpleNamespace(num_steps=3, eta=0.5, guidance_scale=2.0, batch_size=100, seed=4)
-    assert shown[2] == prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(shown[1], images, strict=True))
+    assert prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3 and show == 2 and len(scores) == 4
     want = rewards.mdp.rollout(pipe, prompts, config, "examples").images
     assert np.abs(np.stack(images).astype(int) - np.stack(want)).max() <= 1
-    means = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
-    assert [" ".join(row[:-1]) for row in rows[1:3]] == PROMPTS
-    assert [float(row[-1]) for row in rows[1:3]] == pytest.approx(means.tolist(), abs=1e-3)
-
-
-def test_main_prints_sums_and_rank_correlations_and_shows_as_many_pictures_as_asked(run, tmp_path):
-    rows, _, _ = run("mine:first,mine:second mine:second=2,mine:bright=0",
-                     "--samples 3 --num-steps 1 --show 2")
-    assert [row[-3:] for row in rows[1:3]] == [["3.000", "2.000", "4.000"],
-                                               ["20.000", "5.000", "10.000"]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    light = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
+    for row, prompt, mean, others in zip(rows[1:3], PROMPTS, light, ([3, 2, 4], [20, 5, 10])):
+        assert " ".join(row[:-4]) == prompt
+        assert [float(word) for word in row[-4:]] == pytest.approx([*others, mean], abs=1e-3)
     # Less each prompt's mean: −2 −1 3 0 10 −10 and 0 −1 1 1 0 −1, of ranks 2 3 5 4 6 1 and
     # 3½ 1½ 5½ 5½ 3½ 1½: ρ = 10 / √(17.5 · 16).
-    assert [row[-3:] for row in rows[5:8]] == [["1.00", "0.60", "0.60"], ["0.60", "1.00", "1.00"],
-                                               ["0.60", "1.00", "1.00"]]
-    assert Image.open(tmp_path / "a.png").width == pytest.approx(120 * (1.25 * 2 + 1), abs=1)
-
-
-def test_a_bad_picture_lies_beside_the_sheet_and_flags_are_named(run, tmp_path):
-    with pytest.raises(ValueError, match="bad_reward.png"):
-        run("mine:bad", "--samples 1 --num-steps 1")
-    assert Image.open(tmp_path / "bad_reward.png").size == (64, 64)
-    with pytest.raises(ValueError, match="^--rewards beauty: "):
-        run("alignment,beauty", "")
+    assert [row[-4:-1] for row in rows[5:8]] == [
+        ["1.00", "0.60", "0.60"], ["0.60", "1.00", "1.00"], ["0.60", "1.00", "1.00"]]

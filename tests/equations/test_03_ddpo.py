@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.equations import closed_forms as chain
-from tests.equations.closed_forms import T, double, randn, stable_scheduler
+from tests.equations.closed_forms import CASES, LOOP, T, double, randn, stable_scheduler
 
 ddpo = import_module("03_ddpo")
 
@@ -40,7 +40,7 @@ def test_the_estimators_average_to_the_true_gradient():
 
 
 @pytest.mark.equation("DDPO_SF", "03_ddpo.ddpo_sf_objective")
-def test_is_has_the_gradient_of_sf_at_the_old_policy():
+def test_is_has_the_gradient_of_sf_at_the_old_policy_and_shapes_must_agree():
     """log p / log p_old is 1 there too, with another gradient: both values and slopes count."""
     log_prob, A = double([-3.0, 2.0, -0.5]).requires_grad_(), double([1.0, -2.0, 0.5])
     sf = ddpo.ddpo_sf_objective(log_prob, A)
@@ -48,9 +48,6 @@ def test_is_has_the_gradient_of_sf_at_the_old_policy():
     assert sf.tolist() == [-3.0, -4.0, -0.25] and ratio.tolist() == A.tolist()
     for terms in (sf, ratio):
         assert torch.autograd.grad(terms.sum(), log_prob)[0].tolist() == A.tolist()
-
-
-def test_objectives_refuse_shapes_that_would_broadcast_in_silence():
     with pytest.raises(AssertionError):
         ddpo.ddpo_sf_objective(torch.zeros(4, 4), torch.zeros(4, 1))
     for shapes in ((4, (4, 1), 4), (4, 4, (4, 1))):
@@ -106,51 +103,20 @@ def test_leave_one_out_advantage_against_a_loop_over_whole_numbers():
     assert ddpo.spread(r.double()).item() == pytest.approx(scale, rel=1e-12)
     for i in range(5):
         assert A[i].item() == pytest.approx((r[i].item() - baselines[i]) / scale, rel=1e-12)
-
-
-@pytest.mark.equation("leave-one-out advantage", "03_ddpo.leave_one_out_advantage")
-@pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
-@pytest.mark.parametrize("baseline", ("leave_one_out", "running"))
-def test_equal_rewards_give_advantages_of_zero(baseline):
-    """And not 0/0: their spread counts as 1."""
-    A = ddpo.advantages(torch.full((5,), 0.1), ["a"] * 5, {}, ddpo.Config(baseline=baseline))
-    assert A.abs().max() < 1e-12
-
-
-def test_a_baseline_without_the_sample_keeps_the_gradient():
-    """By enumeration: E[(r_i − baseline)·∇log p] = ∂E[r]/∂θ; with the sample it would be less.
-
-    n throws b of a coin with p = sigmoid(θ), a reward of 1 + 2b; ∂log p(b)/∂θ = b − p.
-    """
-    p, n, truth, estimate = 0.3, 4, 2 * 0.3 * 0.7, 0.0
-    for heads in range(n + 1):  # their order changes nothing
-        throws = double([1.0] * heads + [0.0] * (n - heads))
-        r = 1 + 2 * throws
-        A = ddpo.leave_one_out_advantage(r, ["p"] * n) * r.std(unbiased=False)
-        chance = math.comb(n, heads) * p**heads * (1 - p) ** (n - heads)
-        estimate += chance * (A * (throws - p)).mean().item()
-    assert estimate == pytest.approx(truth, rel=1e-12)
-
-
-@pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
-def test_running_advantage_by_hand_over_rounds():
-    history = {}
-    first = ddpo.running_advantage(torch.tensor([1, 3]), ["a", "b"], history, 3, 2)
-    assert first.tolist() == [-1.0, 1.0] and first.dtype == torch.float64  # the round's: 2 ± 1
-    second = ddpo.running_advantage(torch.tensor([5.0, 9.0]), ["a", "c"], history, 3, 2)
-    assert second.tolist() == [1.0, 1.0]  # a: 5 of 1, 5; c: 9 of the round's 5, 9
-    third = ddpo.running_advantage(torch.tensor([6.0, 10.0]), ["a", "a"], history, 3, 2)
-    spread = math.sqrt(((5 - 7) ** 2 + (6 - 7) ** 2 + (10 - 7) ** 2) / 3)
-    assert third.tolist() == pytest.approx([-1 / spread, 3 / spread])
-    assert history == {"a": [5.0, 6.0, 10.0], "b": [3.0], "c": [9.0]}
+    equal = ddpo.leave_one_out_advantage(torch.full((5,), 0.1), prompts)
+    assert equal.abs().max() < 1e-12  # and not 0/0
 
 
 @pytest.mark.equation("running advantage", "03_ddpo.running_advantage")
 def test_a_prompt_is_trusted_from_16_rewards_on_and_only_its_latest_32_count():
     history = {"a": [0.0] * 14, "b": [0.0] * 15, "c": [9.0, *[0.0] * 31]}
-    A = ddpo.running_advantage(torch.tensor([1.0, 1.0, 4.0]), ["a", "b", "c"], history)
-    by_hand = [(1 - 2) / math.sqrt(2), 15 / 16 / math.sqrt(15 / 256), (31 / 8) / math.sqrt(31 / 64)]
-    assert A.tolist() == pytest.approx(by_hand)  # the round's: 2 ± √2
+    A = ddpo.running_advantage(torch.tensor([1, 1, 4, 4]), ["a", "b", "c", "c"], history)
+    of_round, of_b = (1 - 2.5) / 1.5, (1 - 1 / 16) / math.sqrt(15 / 256)
+    of_c = (4 - 8 / 32) / math.sqrt(32 / 32 - 1 / 16)  # of 30 times 0, and both of this round
+    assert A.dtype == torch.float64 and A.tolist() == pytest.approx([of_round, of_b, of_c, of_c])
+    assert history == {"a": [0] * 14 + [1], "b": [0] * 15 + [1], "c": [0] * 30 + [4, 4]}
+    equal = ddpo.running_advantage(torch.full((5,), 0.1), ["a"] * 5, {})
+    assert equal.abs().max() < 1e-12  # and not 0/0
 
 
 def test_advantages_are_the_chosen_kind_cut_to_the_clip():
@@ -181,22 +147,8 @@ def test_a_fraction_keeps_other_steps_of_each_picture(fraction, kept):
     alone, again = ddpo.step_pairs(torch.tensor([7]), config, 0)
     assert alone.tolist() == [7] * kept
     assert again.tolist() == steps[7]  # whoever stands beside it in the minibatch
-    for other, n in ((config, 1), (replace(config, seed=1), 0)):  # another round, another seed
+    for other, n in ((config, 1), (replace(config, seed=1), 0)):
         assert k.tolist() != ddpo.step_pairs(torch.arange(200), other, n)[1].tolist()
-
-
-LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
-            learning_rate=0.02, max_grad_norm=2.0, seed=3)
-CASES = {
-    "plain": dict(),
-    "no step weights": dict(step_weight="none"),
-    "a large gradient is not cut": dict(max_grad_norm=math.inf, learning_rate=1e-3),
-    "batches of 7": dict(train_batch_size=7),
-    "another eta": dict(eta=0.5),
-    "guidance": dict(guidance_scale=3.0),
-    "the ratio's D-th root": dict(ratio="per_dim", clip_range=0.02, max_grad_norm=0.2),
-    "half of the steps": dict(timestep_fraction=0.5, train_batch_size=7),
-}
 
 
 def advantages_by_hand(trajectory, prompts, n):
@@ -227,35 +179,19 @@ def test_train_takes_k_steps_a_round_along_is_of_a_share_of_its_pictures(case, m
     assert case != "plain" or 0.1 < expected[1][0]["clip_fraction"] < 0.9
 
 
-def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(monkeypatch,
+@pytest.mark.parametrize("solved", (5, 10))  # pictures with the same reward, of 10
+def test_pairs_without_an_advantage_are_left_out_and_the_gradient_is_the_same(solved, monkeypatch,
                                                                               tmp_path):
-    """As of a prompt that is solved: its pictures all have the same reward."""
-    original = chain.reward_of
-    solved = torch.arange(10) < 5
-    monkeypatch.setattr(chain, "reward_of", lambda trajectory: original(trajectory).where(~solved,
-                                                                                        -9.0))
+    original, policy_at, asked = chain.reward_of, ddpo.mdp.policy_at, []
+    same = torch.arange(10) < solved
+    monkeypatch.setattr(chain, "reward_of",
+                        lambda trajectory: original(trajectory).where(~same, -9.0))
+    monkeypatch.setattr(ddpo.mdp, "policy_at",
+                        lambda *words: asked.extend(words[2]) or policy_at(*words))
     config = ddpo.Config(**LOOP, advantage_clip=1.5, out=str(tmp_path))
-    found = chain.rehearse(ddpo.train, config, monkeypatch)
-    chain.check_loop(found, chain.by_hand(config, "is", advantages_by_hand))
-
-
-def test_a_round_without_any_advantage_is_a_step_of_zero_that_asks_the_unet_nothing(monkeypatch,
-                                                                                    tmp_path):
-    monkeypatch.setattr(chain, "reward_of", lambda trajectory: torch.ones(10).double())
-    calls = []
-    monkeypatch.setattr(ddpo.mdp, "policy_at", lambda *arguments: calls.append(arguments))
-    steps, rows = chain.rehearse(ddpo.train, ddpo.Config(**LOOP, out=str(tmp_path)), monkeypatch)
-    assert calls == [] and len(steps) == 6
-    assert all(not slope.any() for step in steps for slope in step)
-    assert [row["clip_fraction"] for row in rows] == [0, 0]
-
-
-@pytest.mark.parametrize("settings, named", (
-    (dict(samples_per_prompt=1), "--samples-per-prompt"),
-    (dict(prompts_per_round=2, samples_per_prompt=3, updates_per_round=7), "at most 6")))
-def test_flags_that_contradict_each_other_are_refused_before_the_work(settings, named, tmp_path):
-    config = ddpo.Config(**settings, out=str(tmp_path))
-    for loop in (ddpo.reinforce, ddpo.train):
-        with pytest.raises(ValueError, match=named):
-            loop(config)
-    ddpo.check(replace(config, samples_per_prompt=1, updates_per_round=1), needs_others=False)
+    steps, rows = chain.rehearse(ddpo.train, config, monkeypatch)
+    assert len(asked) == 2 * T * (10 - solved)  # of two rounds
+    if solved == 10:
+        assert len(steps) == 6 and not any(slope.any() for step in steps for slope in step)
+    else:
+        chain.check_loop((steps, rows), chain.by_hand(config, "is", advantages_by_hand))

@@ -33,27 +33,8 @@ def test_paired_interval_is_scipys_paired_t_test(S):
     low, high = oracle.confidence_interval(0.95)
     want = {"mean": (a - b).mean(), "low": low, "high": high, "p": oracle.pvalue}
     assert ev.paired_interval(a, b) == pytest.approx(want, rel=1e-9)
-
-
-@pytest.mark.equation("paired interval", "05_eval.paired_interval")
-def test_paired_interval_by_hand_and_of_differences_that_are_all_equal():
-    """d = 1, 2, 3: mean 2, s.e. 1/√3, t_2 at 0.975 is 4.3027; what seeds share goes out."""
-    d, shared = np.array([1.0, 2.0, 3.0]), np.array([500.0, -800.0, 0.0])
-    found = ev.paired_interval(d + shared, shared)
-    half = 4.302653 / 3**0.5
-    assert [found["low"], found["high"]] == pytest.approx([2 - half, 2 + half], rel=1e-6)
-    same = ev.paired_interval(np.ones(3), np.zeros(3))
-    assert same == {"mean": 1, "low": 1, "high": 1, "p": 1}  # told by no p, however Holm counts
-
-
-@pytest.mark.equation("paired interval", "05_eval.paired_interval")
-def test_interval_covers_the_truth_as_often_as_it_says():
-    """Of 2000 the standard error is 0.005; with 1.96 in the place of t_4 it would be 0.88."""
-    stream = np.random.default_rng(0)
-    found = [ev.paired_interval(*stream.standard_normal((2, 5))) for _ in range(2000)]
-    held = np.mean([row["low"] <= 0 <= row["high"] for row in found])
-    assert 0.935 < held < 0.965
-    assert 0.03 < np.mean([row["p"] <= 0.05 for row in found]) < 0.07
+    equal = ev.paired_interval(np.ones(S), np.zeros(S))  # of which seeds say nothing
+    assert equal == {"mean": 1, "low": 1, "high": 1, "p": 1}
 
 
 @pytest.mark.equation("Holm", "05_eval.holm")
@@ -70,8 +51,8 @@ def test_holm_is_the_closed_test_of_all_subsets():
 
 @pytest.mark.equation("verdict", "05_eval.verdict")
 @pytest.mark.parametrize("difference, p, want", [
-    (0.1, 0.05, "holds"), (0.1, 0.051, "cannot be told"), (0.1, 1.0, "cannot be told"),
-    (-0.1, 0.05, "fails"), (-0.1, 0.051, "cannot be told"), (0.0, 1.0, "cannot be told")])
+    (0.1, 0.05, "holds"), (0.1, 0.051, "cannot be told"),
+    (-0.1, 0.05, "fails"), (-0.1, 0.051, "cannot be told")])
 def test_verdict_needs_the_corrected_p_and_has_the_sign_of_the_difference(difference, p, want):
     assert ev.verdict(difference, p) == want
 

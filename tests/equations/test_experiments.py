@@ -1,7 +1,5 @@
 """The experiments' equations against hand-worked numbers, closed forms and torch.distributions."""
 import math
-from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,16 +7,11 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from experiments import lemma, overoptimization, penalties, sft, tables, variance
+from experiments import lemma, overoptimization, sft, tables, variance
 from tests.equations import closed_forms as chain
 from tests.equations.closed_forms import linear_steps, randn, stable_scheduler
 
-mdp = import_module("01_mdp")
-dpok = import_module("04_dpok")
-
 equation = pytest.mark.equation
-CONFIG = penalties.Config(batch_size=10**6, num_steps=chain.T, step_weight="none", alpha=2.0,
-                          beta=3.0)
 
 
 @equation("RWR", "experiments.sft.rwr_weights")
@@ -87,61 +80,6 @@ def test_gaussian_chains_against_the_joint_distribution(num_steps, eta):
     assert kl == pytest.approx(kl_divergence(*ends).item(), rel=1e-9)
     assert bound == pytest.approx(kl_divergence(*joints).item(), rel=1e-9)
     assert 0 < kl < bound
-
-
-@equation("KL in the reward", "experiments.penalties.reward_to_go")
-@equation("log p_pre", "experiments.penalties.pre_log_probs")
-def test_kl_in_the_reward_has_all_of_the_gradient():
-    """On average, by a closed form; without how θ changes the states it would be another."""
-    alpha, beta, pipe, found = CONFIG.alpha, CONFIG.beta, chain.make_pipe(1.3, 0.4), []
-    whole, dropped = (torch.autograd.grad(chain.closed_form(pipe.unet, alpha, beta, frozen),
-                                          pipe.unet.kappa)[0].item() for frozen in (False, True))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
-        trajectory = chain.draw(pipe, 1000, generator, prompts=False)
-        means, log_prob = chain.means_and_log_probs(pipe, trajectory)
-        pre_means, by_hand = chain.means_and_log_probs(chain.make_pipe(), trajectory)
-        pre = penalties.pre_log_probs(pipe, trajectory, pre_means.detach(), CONFIG)
-        torch.testing.assert_close(pre, by_hand.detach(), rtol=1e-9, atol=0)
-        r = chain.reward_of(trajectory)
-        R = penalties.reward_to_go(r, trajectory.log_probs, pre, alpha, beta)
-        J = alpha * ((R - R.mean(0)) * log_prob).sum(1).mean()
-        found.append(torch.autograd.grad(J, pipe.unet.kappa)[0])
-    found = torch.stack(found)
-    error = found.std().item() / 40**0.5
-    assert error < abs(whole - dropped) / 6, "too noisy to tell them apart"
-    assert found.mean().item() == pytest.approx(whole, abs=3 * error)
-
-
-def test_reward_to_go_by_hand():
-    R = penalties.reward_to_go(torch.tensor([1.0, 0.0]), torch.tensor([[-1.0, -2.0], [0.0, 0.0]]),
-                               torch.tensor([[-2.0, -5.0], [0.0, 4.0]]), 2.0, 0.5)
-    assert R.tolist() == [[1 - 0.25 * 4, 1 - 0.25 * 3], [1.0, 1.0]]
-
-
-@pytest.mark.parametrize("eta", [1.0, 0.5])
-@equation("published code's KL", "experiments.penalties.kl_weights")
-def test_mse_leash_is_the_square_of_what_the_predictions_differ_by(eta):
-    config = replace(CONFIG, eta=eta)
-    now, pre = chain.make_pipe(1.3, 0.4), chain.make_pipe()
-    trajectory = chain.draw(now, 5, torch.Generator().manual_seed(1), eta)
-    means = [chain.means_and_log_probs(pipe, trajectory, eta)[0].detach() for pipe in (now, pre)]
-    w = penalties.kl_weights(now.scheduler, replace(config, kl="mse"))
-    for k, t in enumerate(trajectory.timesteps):
-        x, c = trajectory.latents[:, k], trajectory.prompt_embeds
-        eps = [pipe.unet(x, t.expand(5), c).sample for pipe in (now, pre)]
-        std = chain.coefficients(eta)[3][k]
-        kl = mdp.kl_divergence(means[0][:, k], means[1][:, k], std)
-        square = (eps[0] - eps[1]).square().sum((1, 2, 3))
-        assert (w[k] * kl).tolist() == pytest.approx(square.tolist(), rel=1e-5)
-    assert penalties.kl_weights(now.scheduler, config).tolist() == [1.0] * chain.T
-    assert not penalties.kl_weights(now.scheduler, replace(config, kl="reward")).any()
-
-
-@equation("a β that adapts", "experiments.penalties.adapt_beta")
-def test_adapt_beta():
-    for kl, want in ((20.0, 0.1), (25.0, 0.1 * (1 + 0.2 * 0.25)), (1000.0, 0.12), (0.0, 0.08)):
-        assert penalties.adapt_beta(0.1, kl, 20.0) == pytest.approx(want)
 
 
 @equation("variance of the gradient", "experiments.variance.gradient_variance")

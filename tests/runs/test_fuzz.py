@@ -13,26 +13,33 @@ from tests import fuzz
 
 BY_HAND = [  # script, words, what the message must name
     ("01_mdp", "--nonsense 3", "--nonsense"), ("03_ddpo", "--rounds", "--rounds"),
-    ("01_mdp", "--num-steps 0", "--num-steps"), ("01_mdp", "--eta nan", "--eta"),
-    ("01_mdp", "--eta 0", "--eta"), ("03_ddpo", "--clip-range 1", "--clip-range"),
+    ("01_mdp", "--eta nan", "--eta"), ("01_mdp", "--num-steps 1000", "--num-steps 1000"),
     ("03_ddpo", "--samples-per-prompt 99999999999999999999", "--samples-per-prompt"),
     ("03_ddpo", "--learning-rate 1e300", "--learning-rate"),
     ("04_dpok", "--beta 1e300", "--beta"), ("03_ddpo", "--updates-per-round 3", "--updates"),
-    ("01_mdp", "--seed -1", "--seed"), ("01_mdp", "--device nonsense", "--device nonsense"),
-    ("03_ddpo", "--prompts empty", "--prompts empty"), ("03_ddpo", "--prompts bytes", "bytes"),
-    ("03_ddpo", "--prompts folder", "--prompts folder"), ("01_mdp", "--prompts 'a 🙂'", "'🙂'"),
-    ("03_ddpo", f"--prompts '{'red ' * 99}'", "--prompts"),
+    ("01_mdp", "--device nonsense", "--device nonsense"),
+    ("03_ddpo", "--prompts empty", "--prompts empty"), ("01_mdp", "--prompts 'a 🙂'", "'🙂'"),
     ("02_rewards", "--rewards alignment --prompts 'the the'", "'the the'"),
-    ("03_ddpo", "--reward nonsense", "--reward nonsense"), ("03_ddpo", "--reward =1", "--reward"),
+    ("03_ddpo", "--reward nonsense", "--reward nonsense"),
+    ("04_dpok", "--gold nonsense", "--gold nonsense"),
     ("03_ddpo", "--reward missing.py:f", "missing.py"),
+    ("03_ddpo", "--reward my.py:few", "1 numbers for 2"),
     ("02_rewards", "--rewards aesthetic --clip bytes", "--clip bytes"),
-    ("02_rewards", "--rewards aesthetic --aesthetic-weights bytes", "--aesthetic-weights bytes"),
+    ("03_ddpo", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--gold aesthetic --clip bytes", "--clip bytes"),
+    ("02_rewards", "--rewards alignment,beauty", "--rewards beauty"),
     ("01_mdp", "--model folder", "--model folder"), ("01_mdp", "--model ''", "--model"),
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
-    ("01_mdp", "--out x.gif", "--out x.gif"), ("03_ddpo", "--out empty", "empty"),
-    ("01_mdp", "--out empty/x.png", "empty"), ("03_ddpo", "--resume folder", "--resume folder"),
+    ("01_mdp", "--out x.gif", "--out x.gif"), ("01_mdp", "--out empty/x.png", "empty"),
+    ("03_ddpo", "--out empty", "empty"), ("03_ddpo", "--name ''", "--name"),
+    ("03_ddpo", "--resume folder", "folder/config.json: not the settings of a run"),
     ("04_dpok", "--lora-targets nonsense", "--lora-targets"),
-    ("03_ddpo", "--name ''", "--name"), ("03_ddpo", "--name \udcff", "udcff")]
+    ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
+    ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),
+    ("05_eval", "--runs nowhere", "--runs nowhere"), ("05_eval", "--gold nonsense", "--gold"),
+    ("05_eval", "--prompts dogs", "05_eval.py: --prompts dogs")]
+FOUND_LATE = "--learning-rate 1e300", "--beta 1e300", "--reward my.py:few"  # as it trains
 
 
 @pytest.fixture
@@ -43,14 +50,17 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fuzz.write_files()
     files = set(tmp_path.iterdir())
-    yield tmp_path
-    assert set(tmp_path.iterdir()) - files - {Path(tmp_path, "runs")} == set()
+    yield
+    assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == files
+    assert Path("runs/taken/config.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("script, words, named", BY_HAND)
-def test_a_bad_command_line_names_what_is_wrong(script, words, named, desk):
+def test_a_bad_command_line_names_what_is_wrong_and_leaves_nothing(script, words, named, desk):
     code, message = fuzz.end_of(script, shlex.split(words))
     assert code == 2 and fuzz.ends_as_it_should(script, code, message) and named in message
+    files = [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert words in FOUND_LATE or files == [Path("runs/taken/config.json")]
 
 
 def test_random_command_lines_end_well_or_in_one_message(desk):

@@ -17,7 +17,7 @@ COMMON = [*("--device cpu --rounds 2 --samples-per-prompt 3 --num-steps 4 --eval
 SLOW = ("is_running", "is_lora", "dpok_all")
 RUNS = {  # name: (script, its flags)
     "sf": ("03_ddpo", "--estimator sf --prompts-per-round 2 --max-grad-norm 1000 --batch-size 5"),
-    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 280 "
+    "is": ("03_ddpo", "--prompts-per-round 2 --learning-rate 5e-5 --max-grad-norm 420 "
            "--advantage-clip 1.2"),
     "is_running": ("03_ddpo", "--baseline running --ratio per_dim --clip-range 0.03 --eta 0.7 "
                    "--timestep-fraction 0.5 --guidance-scale 2 --step-weight none "
@@ -32,7 +32,6 @@ RUNS = {  # name: (script, its flags)
                  "--timestep-fraction 0.5 --prompts-per-round 1 --samples-per-prompt 5 "
                  "--guidance-scale 1.5 --learning-rate 3e-5 --beta 0.5 --max-grad-norm 6.9"),
 }
-FILM = {5: [0, 1, 2, 3, 4], 2: [0, 1], 1: [0]}  # film-pictures -> those of 5 that it shows
 PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
 
@@ -81,16 +80,13 @@ def test_each_round_is_that_of_a_plain_slow_training(pair):
 def check_weights(n, weights, wanted, start, learning_rate):
     """Where a gradient is nearly 0, AdamW turns its rounding error into a step: most must agree."""
     assert weights.keys() == wanted.keys()
-    changes, errors = {}, {}
-    for name, weight in weights.items():
-        errors[name] = (weight - wanted[name]).abs().flatten()
-        changes[name] = (wanted[name] - start[name]).abs().flatten()
+    changes = {name: (wanted[name] - start[name]).abs().flatten() for name in wanted}
+    errors = {name: (wanted[name] - weights[name]).abs().flatten() for name in wanted}
     change = torch.cat(list(changes.values())).mean().item()
-    error = torch.cat(list(errors.values())).numpy()
-    worst = max(errors, key=lambda name: (errors[name].median() / changes[name].mean()).item())
     assert change > 0.2 * learning_rate, f"round {n}: hardly any weight has moved"
-    assert np.median(error) < 3e-4 * change, f"round {n}: weights differ, {worst} most"
-    assert np.quantile(error, 0.99) < 2e-2 * change, f"round {n}: weights differ, {worst} most"
+    middle, high = np.quantile(torch.cat(list(errors.values())), (0.5, 0.99)) / change
+    worst = max(errors, key=lambda name: (errors[name].median() / changes[name].mean()).item())
+    assert middle < 3e-4 and high < 2e-2, f"round {n}: weights differ, {worst} most"
 
 
 def test_looks_at_fresh_noise_are_those_of_a_plain_slow_training(pair):
@@ -111,10 +107,11 @@ def test_looks_at_fresh_noise_are_those_of_a_plain_slow_training(pair):
             found = row[column], row[column + "_se"]
             wanted = pytest.approx((np.mean(values), error), rel=2e-3, abs=2e-3)
             assert found == wanted, f"{where}: {name}, {column}"
+    if "kl" in after:
+        assert sum(run.after["kl_of_steps"]) == pytest.approx(np.mean(after["kl"]), rel=2e-3)
     _, frames = runs.read_film(run.folder)
-    places = FILM[min(run.config.film_pictures, 5)]
     for queries, look in looks.items():
-        twins = [look["images"][i] for i in places]
+        twins = look["images"][:run.config.film_pictures]
         assert closed_forms.difference(frames[queries], twins) < 0.1, f"film, {queries} queries"
     for side, look in ((run.before, before), (run.after, after)):
         assert closed_forms.difference(side["images"], look["images"]) < 0.1

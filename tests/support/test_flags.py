@@ -78,6 +78,15 @@ def test_a_word_that_is_no_text_is_refused():
         runs.parse(Training, "", ["--model", "\udcff"])
 
 
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, named in (("file", "file"), ("file/below", "file"), ("/proc/runs", "/proc/runs")):
+        with pytest.raises(OSError, match=str(tmp_path / named)):
+            runs.parse(Training, "", ["--out", str(tmp_path / out)])
+    runs.parse(Training, "", ["--out", str(tmp_path / "a/b")])
+    assert (tmp_path / "a/b").is_dir()
+
+
 # ---- resume ---------------------------------------------------------------------------------
 
 
@@ -90,6 +99,7 @@ class Training:
     max_grad_norm: float = math.inf  # how long
     device: str | None = None  # where
     name: str | None = None  # what it is called
+    out: str = "runs"  # where it lies
     resume: str | None = None  # folder
     sd: bool = False  # the full model
 
@@ -113,20 +123,23 @@ def test_resume_takes_the_runs_own_flags_and_none_that_change_it(tmp_path):
     assert runs.parse(Training, "", [f"--resume={folder}", "--sd", "--eta", "0.1"], SD) == resumed
     elsewhere = runs.parse(Training, "", [*words, "--device", "cuda"])
     assert elsewhere == replace(resumed, device="cuda")
-    for more, named in (("--rounds 51", "--rounds 50, not 51"), ("--name b", "--name None, not b"),
-                        ("--layers b", "--layers"), ("--no-sd", "--sd True, not False"),
+    for more, named in (("--rounds 51", "--rounds 50, not 51"), ("--layers b", "--layers"),
+                        ("--no-sd", "--sd True, not False"),
                         ("--max-grad-norm 1", "--max-grad-norm inf, not 1.0")):
-        with pytest.raises(ValueError, match=f"--resume .*{named}"):
+        with pytest.raises(ValueError, match=f"{folder} was made with .*{named}.*: it goes on as"):
             runs.parse(Training, "", [*words, *more.split()], SD)
 
 
 @pytest.mark.parametrize("text", ('{"model', "[1]", None))
-def test_resume_refuses_what_is_no_run_of_this_script(text, tmp_path):
+def test_resume_refuses_what_is_no_run_of_this_script_or_finished(text, tmp_path):
     begin(tmp_path / "run")
     if text:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="--resume .*: no run"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: not the settings of a run"):
         runs.parse(Training, "", ["--resume", str(tmp_path)])
     Other = make_dataclass("Other", [("resume", str | None, None)], frozen=True)
-    with pytest.raises(ValueError, match="--resume .*run: no run that this script began"):
+    with pytest.raises(ValueError, match="--resume .*run: no run of this script"):
         runs.parse(Other, "", ["--resume", str(tmp_path / "run")])
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="this run is finished; --model"):
+        runs.parse(Training, "", ["--resume", str(tmp_path / "run")])

@@ -1,6 +1,7 @@
 """A reward from a name, a sum or a file, and its numbers, checked: with a table of our own."""
-import os
+import copy
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_file_is_a_module_of_its_own_name_which_processes_and_dataclasses_find
     assert score(get(f"{file}:f=2,length=1"), PICTURES, ["abc", "x"]).tolist() == [15, 5]
 
 
-@pytest.mark.parametrize("name", ["support", "statistics", "a.b"])
+@pytest.mark.parametrize("name", ["support", "statistics"])
 def test_a_name_that_python_knows_otherwise_is_refused(name, tmp_path):
     file = tmp_path / f"{name}.py"
     file.write_text("def f(images, prompts):\n    return [0] * len(images)\n")
@@ -77,35 +78,21 @@ def test_a_name_that_python_knows_otherwise_is_refused(name, tmp_path):
 
 
 CHANGES = """
-import os, torch
-def change():
-    torch.set_grad_enabled(not torch.is_grad_enabled())
-    torch.set_default_dtype(torch.float16)
-    torch.set_default_device("meta")
-    os.chdir("/")
-change()
+import torch
+torch.set_grad_enabled(False)
 def f(images, prompts):
-    change()
+    torch.set_grad_enabled(False)
+    images[0].thumbnail((1, 1))
     images.clear()
     yield from (1.0, 2.0)
-def bad(images, prompts):
-    change()
-    1 / 0
 """
 
 
-def test_what_a_file_changes_in_the_process_is_set_back_after_import_and_each_call(file):
-    def state():
-        return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(),
-                os.getcwd())
-
-    before = state()
+def test_what_a_file_does_to_pictures_and_gradients_changes_no_training(file):
     file.write_text(CHANGES)
-    images = list(PICTURES)
+    images = copy.deepcopy(PICTURES)
     assert score(get(f"{file}:f"), images, ["a", "b"]).tolist() == [1, 2]
-    with pytest.raises(ValueError):
-        score(get(f"{file}:bad"), images, ["a", "b"])
-    assert state() == before and images == PICTURES
+    assert torch.is_grad_enabled() and images == PICTURES
 
 
 @pytest.mark.parametrize("text, last", [
@@ -124,17 +111,15 @@ def test_a_file_that_fails_shows_pythons_traceback_behind_its_name(text, last, f
 
 
 @pytest.mark.parametrize("values, problem", [
-    ("[1]", "1 numbers for 2"), ("iter(int, 1)", "3 numbers for 2"), ("[3, nan]", "nan.*'b'"),
+    ("[1]", "1 numbers for 2"), ("[1] * 3", "3 numbers for 2"), ("[3, nan]", "nan.*'b'"),
     ("torch.tensor([inf, 0])", "inf.*'a'")])
 def test_b_finite_numbers_are_wanted_and_the_bad_picture_is_saved(values, problem, file,
                                                                   monkeypatch):
-    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(tempfile, "tempdir", str(file.parent))
     file.write_text(f"import torch\nfrom math import inf, nan\ndef f(i, p):\n    return {values}\n")
     for spec in (f"{file}:f", f"length=1,{file}:f=2"):  # a term of a sum is named too
-        with pytest.raises(ValueError, match=f"^reward {file}:f: {problem}"):
+        with pytest.raises(ValueError, match=f"^reward {file}:f: {problem}") as error:
             score(get(spec), PICTURES, ["a", "b"])
     if "numbers" not in problem:
-        bad = np.array(Image.open("runs/bad_reward.png"))
+        bad = np.array(Image.open(str(error.value).partition("see ")[2]))
         assert np.array_equal(bad, PICTURES["b" in problem])
-    with pytest.raises(ValueError, match="see new/bad_reward.png|numbers for"):
-        score(get(f"{file}:f"), PICTURES, ["a", "b"], "new")
