@@ -35,6 +35,7 @@ UNSEEN_SD = {  # the same with another noun, never trained on
     "bias": []}
 NAMES = (*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd", "tuning")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv")  # of the files that can be read
+OTHERS = (".text", ".md", ".tsv", ".yaml", ".yml", ".toml", ".parquet", ".xlsx", ".gz", ".zip")
 
 
 def get_prompts(name):
@@ -56,8 +57,8 @@ def get_prompts(name):
     path = os.path.expanduser(name)  # os.path, for Path fails if a name is very long
     if os.path.isfile(path):
         return read_prompts(path)
-    is_path = name.startswith(("./", "../", "/", "~")) or name.strip().lower().endswith(SUFFIXES)
-    if is_path or " " not in name or os.path.exists(path):
+    is_path = name.startswith(("./", "../", "/", "~")) or os.path.exists(path)
+    if is_path or " " not in name or name.strip().lower().endswith(SUFFIXES + OTHERS):
         raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are "
                          f"{', '.join(NAMES)}")
     return [name.strip()]
