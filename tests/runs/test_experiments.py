@@ -275,8 +275,7 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     assert [row[name] for name in ("number written before", "number written after",
                                    "any digit after")] == [0, round(threes, 2), 1]
     assert {path.stem for path in tmp_path.glob("*.png")} == {
-        f"overoptimization_{name}" for name in (
-            "proxy", "noise", "noise_film", "writing", "writing_film")}
+        f"overoptimization_{name}" for name in ("proxy", "noise", "writing", "writing_film")}
     assert list(overoptimization.main(["--only", "noise", *words, "--", "--vlm", "mine"])) == [
         "noise"]
     assert len(fake_runs) == 6
