@@ -34,6 +34,7 @@ UNSEEN_SD = {  # the same with another noun, never trained on
     "location": ["A lion on the moon"],
     "bias": []}
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv")  # of the files that can be read
+OTHERS = (".text", ".md", ".tsv", ".yaml", ".yml", ".toml", ".parquet", ".xlsx", ".gz", ".zip")
 
 
 def get_prompts(name):
@@ -51,8 +52,8 @@ def get_prompts(name):
     path = os.path.expanduser(name)  # os.path, for Path fails if a name is very long
     if os.path.isfile(path):
         return read_prompts(path)
-    is_path = name.startswith(("./", "../", "/", "~")) or name.strip().lower().endswith(SUFFIXES)
-    if is_path or " " not in name or os.path.exists(path):
+    is_path = name.startswith(("./", "../", "/", "~")) or os.path.exists(path)
+    if is_path or " " not in name or name.strip().lower().endswith(SUFFIXES + OTHERS):
         raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are "
                          f"{', '.join(sets)}")
     return [name.strip()]
