@@ -33,7 +33,7 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "guidance_scale": (1, 1e30),  # 1 is none; below, the prompt would count less than without it
     "keep": (TINY, 1),
     "keep_every": (0, 10**6),
-    "kl_bound": (TINY, 1e30),
+    "kl_bound": (TINY, inf),
     "labels": (2, 10**6),
     "lora_rank": (0, 10**6),
     "max_grad_norm": (TINY, inf),
