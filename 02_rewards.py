@@ -167,7 +167,7 @@ class VlmAlignment:
     """
 
     def __init__(self, config, device):
-        self.ask = nets.load_vlm(config.vlm, device, config.reward_batch_size)
+        self.ask = nets.load_vlm(config.vlm, device)
         self.encode = nets.TokenEncoder(config.bert, config.bert_layer, device)
 
     def __call__(self, images, prompts):
@@ -188,7 +188,7 @@ class VlmStrict:
     """r = share of the prompt's questions whose answer holds the right word (DDPO's counting)."""
 
     def __init__(self, config, device):
-        self.ask = nets.load_vlm(config.vlm, device, config.reward_batch_size)
+        self.ask = nets.load_vlm(config.vlm, device)
         self.questions = nets.load_questions(config.vlm_questions)
 
     def __call__(self, images, prompts):

@@ -23,14 +23,14 @@ from PIL import Image
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import flags, models, training  # noqa: E402
+from experiments import tables  # noqa: E402
+from support import flags, models, runs, training  # noqa: E402
 from support.prompts import families  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
 
 QUESTIONS = {"alignment": "Which picture fits the prompt better?",
              "quality": "Which picture looks better?"}
-ANSWERS = ("left", "right", "tie")
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def read_vote(file, key):
     """One rater's file -> the rater's name, and question -> an answer for each pair of the key."""
     try:
         form = json.loads(Path(file).read_text(encoding="utf-8"))
-        rater = form["rater"].strip().casefold()
+        rater, ballot = form["rater"].strip().casefold(), form["ballot"]
         answers = {question: [vote[question] for vote in form["votes"]] for question in QUESTIONS}
-        if form["ballot"] != key["ballot"]:
-            raise ValueError("votes on another ballot")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"--votes {file}: not what this page saves ({error!r:.200})") from error
-    given = [answer for own in answers.values() for answer in own if answer in ANSWERS]
-    if len(given) != len(QUESTIONS) * len(key["pairs"]):
-        raise ValueError(f"--votes {file}: not one answer to each question about each pair")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--votes {file}: not what the page saves ({error!r:.200})") from error
+    if ballot != key["ballot"]:
+        raise ValueError(f"--votes {file}: votes on another ballot")
+    for own in answers.values():
+        if len(own) != len(key["pairs"]) or not set(own) <= {"left", "right", "tie"}:
+            raise ValueError(f"--votes {file}: not one answer to each question about each pair")
     return rater, answers
 
 
@@ -129,7 +129,7 @@ def preference_rate(answers, left_models, model):
 
 
 def count(config):
-    """Preference rates of the votes on the ballot in --out, as a table; also in its votes.md."""
+    """Preference rates of the votes on the ballot in --out, as a table; also in its votes.csv."""
     key = json.loads(Path(config.out, "ballot_key.json").read_text(encoding="utf-8"))
     left_models = [pair["left"] for pair in key["pairs"]]
     voted = {}  # rater -> answers
@@ -138,26 +138,21 @@ def count(config):
         if rater in voted:
             raise ValueError(f"--votes {file}: {rater!r} has voted already")
         voted[rater] = answers
-    a, b = key["models"]
-    N = len(left_models)
-    lines = [f"| Question | {a} preferred | {b} preferred | ties | raters | pairs |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for question, text in QUESTIONS.items():
+        row = {"question": text, "raters": len(voted), "pairs": len(left_models)}
         given = [answers[question] for answers in voted.values()]
-        rates = [preference_rate(own, left_models, a) for own in given]
-        ours, theirs = mean_and_spread(rates), mean_and_spread([1 - rate for rate in rates])
-        ties = mean_and_spread([own.count("tie") / N for own in given])
-        lines.append(f"| {text} | {ours} | {theirs} | {ties} | {len(given)} | {N} |")
-    table = "\n".join(lines)
-    Path(config.out, "votes.md").write_text(table + "\n", encoding="utf-8")
-    print(f"Mean ± standard deviation over raters; a tie counts one half for each\n{table}")
-    return table
-
-
-def mean_and_spread(shares):
-    """[0.5, 0.75] -> "62.5 ± 17.7 %"; one rater alone has no spread."""
-    spread = f"{100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else "–"
-    return f"{100 * statistics.mean(shares):.1f} ± {spread} %"
+        for model in key["models"]:
+            rates = [100 * preference_rate(own, left_models, model) for own in given]
+            spread = f" ± {statistics.stdev(rates):.1f}" if len(rates) > 1 else ""
+            row[f"{model} preferred, %"] = f"{statistics.mean(rates):.1f}{spread}"
+        ties = [own.count("tie") / len(own) for own in given]
+        row["ties, %"] = f"{100 * statistics.mean(ties):.1f}"
+        rows.append(row)
+    runs.write_rows(Path(config.out, "votes.csv"), rows)
+    print(f"Mean ± standard deviation over raters; a tie counts one half for each\n"
+          f"{tables.as_text(rows)}")
+    return rows
 
 
 def main(argv=None):

@@ -19,8 +19,8 @@ that were trained with `--keep-every`; about ten seconds for each kept round on 
 EXPECT the labels to undo a training that collapses, and elsewhere to end about where training ends,
 at a higher price; and a bound of 100 nats to stop most RL far too early, for its path KL, which is
 only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100`.
-WRITES early_stopping.csv (a line for each run and round; "stopped": whether the rule keeps this
-round) and early_stopping.png in --out. The price counts a label as one more reward query.
+WRITES early_stopping.csv (a line for each run and round) and early_stopping.png in --out. The price
+counts a label as one more reward query.
 """
 import math
 import sys
@@ -83,66 +83,48 @@ def hindsights_best(rounds):
 # ---- runs and pictures ----------------------------------------------------------------------
 
 
-def kept_rounds(folder):
-    """(round, queries until then, folder of its weights) in order; None: the pretrained model."""
-    paths = {int(path.parent.name): path.parent
-             for path in Path(folder, "rounds").glob("*/config.json")}
-    if not paths:
+def kept_rounds(folder, saved):
+    """Round -> the folder of its weights, in order; None: the pretrained model."""
+    kept = {int(path.name): path for path in sorted(Path(folder, "rounds").glob("*"))}
+    if not kept:
         raise ValueError(f"--runs {folder}: none of its rounds was kept; train with --keep-every")
-    rows = runs.read_rows(Path(folder, "metrics.csv"))
-    queries = {int(row["round"]): int(row["queries"]) for row in rows}
-    paths[max(queries)] = Path(folder)
-    return [(0, 0, None), *((n, queries[n], paths[n]) for n in sorted(paths))]
+    return {0: None} | kept | {saved["rounds"]: Path(folder)}
 
 
-def measure(pipe, reference, saved, gold, config):
+def measure(path, saved, gold, config):
     """Labels and path KL on the noise of the run's own seed, and the truth on that of all runs."""
+    if path:
+        pipe, reference = models.load_run(path, config.device, config.dtype)
+    else:
+        pipe = models.load_pipeline(saved["model"], config.device, config.dtype)
+        reference = models.make_reference(pipe)
     settings = SimpleNamespace(**saved | {"batch_size": config.batch_size, "seed": config.seed})
     all_prompts = get_prompts(settings.prompts)
     prompts = training.spread_evenly(all_prompts, config.labels)
     trajectory = mdp.rollout(pipe, prompts, settings, "labels", saved["seed"])
-    g = rewards.score(gold, trajectory.images, prompts, config.out)
+    g = rewards.score(gold, trajectory.images, prompts)
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, settings)
     kl = dpok.path_kl(pipe, trajectory, reference_means, settings).sum(1)
     prompts = training.spread_evenly(all_prompts, config.samples)
     images = mdp.rollout(pipe, prompts, settings, "truth").images
-    truth = rewards.score(gold, images, prompts, config.out)
+    truth = rewards.score(gold, images, prompts)
     numbers = (*training.mean_se(g), kl.mean().item(), *training.mean_se(truth))
     names = ("labels_mean", "labels_se", "path_kl", "gold", "gold_se")
     return {name: round(number, 4) for name, number in zip(names, numbers)}
 
 
-def follow(label, folder, gold, config, bar):
-    """A run's lines of the CSV file, and k, m and hindsight's best among them."""
-    saved, rows = models.read_config(folder), []
-    for n, queries, path in kept_rounds(folder):
-        if path:
-            pipe, reference = models.load_run(path, config.device, config.dtype)
-        else:
-            pipe = models.load_pipeline(saved["model"], config.device, config.dtype)
-            reference = models.make_reference(pipe)
-        columns = measure(pipe, reference, saved, gold, config)
-        rows.append({"run": label, "round": n, "queries": queries, **columns})
-        bar.update()
-    k, m = stop_by_rule(rows, config.kl_bound)
-    best = hindsights_best(rows)
-    for n, row in enumerate(rows):
-        row["stopped"] = "yes" if n == k else "no"
-        row["hindsight"] = "yes" if n == best else "no"
-    return rows, k, m, best
-
-
-def table_of(found, labels):
+def table_of(found, config):
     """A line for each run: what the rule keeps, at which price, the end, and hindsight's best."""
     table = []
-    for label, (rows, k, m, best) in found.items():
-        kept, end, chosen = rows[k], rows[-1], rows[best]
-        table.append({
-            "run": label, "kept round": kept["round"], "path KL": f"{kept['path_kl']:.2f}",
-            "gold": f"{kept['gold']:.3f} ± {kept['gold_se']:.3f}", "price": price(rows, m, labels),
-            "gold at the end": f"{end['gold']:.3f} ± {end['gold_se']:.3f}",
-            "hindsight's round": chosen["round"], "its gold": f"{chosen['gold']:.3f}"})
+    for label, rounds in found.items():
+        k, m = stop_by_rule(rounds, config.kl_bound)
+        line = {"run": label, "price": price(rounds, m, config.labels)}
+        for way, n in (("rule", k), ("end", -1), ("hindsight", hindsights_best(rounds))):
+            line[f"{way}: round"] = rounds[n]["round"]
+            line[f"{way}: path KL"] = f"{rounds[n]['path_kl']:.2f}"
+            line[f"{way}: gold"] = "{gold:.3f} ± {gold_se:.3f}".format(**rounds[n])
+        table.append(line)
     return table
 
 
@@ -151,15 +133,17 @@ def draw(path, found, config):
     R = math.ceil(len(found) / 3)
     figure = Figure(figsize=(10, 2.6 * R + 0.9), dpi=120, layout="constrained")
     axes = figure.subplots(R, 3, sharey=True, squeeze=False).flat
-    for ax, (label, (rows, k, m, best)) in zip(axes, found.items()):
-        x = [row["queries"] for row in rows]
-        truth = [row["gold"] for row in rows]
-        ax.errorbar(x, truth, [row["gold_se"] for row in rows], fmt="k-", lw=1, label="truth")
-        ax.errorbar(x, [row["labels_mean"] for row in rows], [row["labels_se"] for row in rows],
-                    fmt=".", capsize=3, elinewidth=0.8, label="labels")
+    for ax, (label, rounds) in zip(axes, found.items()):
+        k, m = stop_by_rule(rounds, config.kl_bound)
+        columns = {name: [row[name] for row in rounds] for name in rounds[0]}
+        x, truth = columns["queries"], columns["gold"]
+        ax.errorbar(x, truth, columns["gold_se"], fmt="k-", lw=1, label="truth")
+        ax.errorbar(x, columns["labels_mean"], columns["labels_se"], fmt=".", capsize=3,
+                    elinewidth=0.8, label="labels")
         ax.plot(x[k], truth[k], "o", ms=10, mfc="none", mew=2, label="kept by the rule")
+        best = hindsights_best(rounds)
         ax.plot(x[best], truth[best], "*", ms=8, label="hindsight's best")
-        if m < len(rows):
+        if m < len(rounds):
             ax.axvline(x[m], ls="--", color="red")
         ax.set(title=label, xlabel="reward queries")
         ax.grid(alpha=0.3)
@@ -173,21 +157,25 @@ def draw(path, found, config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    folders, out = runs.labels(config.runs), Path(config.out)
-    if not folders:
+    out, wanted = Path(config.out), []
+    for label, folder in runs.labels(config.runs).items():
+        saved = models.read_config(folder)
+        wanted += [(label, saved, n, path) for n, path in kept_rounds(folder, saved).items()]
+    if not wanted:
         raise ValueError("--runs: name at least one folder that was trained with --keep-every")
-    total = sum(len(kept_rounds(folder)) for folder in folders.values())
     gold = rewards.get_reward(config.gold, config, flag="--gold")
     out.mkdir(parents=True, exist_ok=True)
     found, lines = {}, []
-    with tqdm(total=total, desc="kept rounds", unit="round") as bar:
-        for label, folder in folders.items():
-            found[label] = follow(label, folder, gold, config, bar)
-            lines += found[label][0]
-            runs.write_rows(out / "early_stopping.csv", lines)
-    print(tables.as_text(table_of(found, config.labels)))
+    for label, saved, n, path in tqdm(wanted, "kept rounds", unit="round"):
+        queries = n * saved["prompts_per_round"] * saved["samples_per_prompt"]
+        row = {"run": label, "round": n, "queries": queries}
+        row |= measure(path, saved, gold, config)
+        found.setdefault(label, []).append(row)
+        lines.append(row)
+    print(tables.as_text(table_of(found, config)))
     print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
     draw(out / "early_stopping.png", found, config)
+    runs.write_rows(out / "early_stopping.csv", lines)
     print(f"early_stopping.csv and early_stopping.png are in {out}")
     return found
 

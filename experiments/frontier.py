@@ -16,15 +16,14 @@ has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
 RUN `python experiments/frontier.py --runs runs/sweep_beta_*`: some minutes on two CPU cores. What
 is drawn is kept block by block, so it can be stopped anywhere and goes on from there.
 EXPECT best of n nearer to the curve the larger n is, and runs that learned far to its right.
-WRITES frontier.csv, best_of_n.csv, table.csv (all that is printed) and frontier.png in --out,
-beside the cache pictures.csv. Errors are standard errors by a bootstrap over pictures, the curve's
-at equal KL. A small β rests on few pictures: where fewer than 50 effective ones are left, ESS =
-(Σ w)²/Σ w², the curve ends. It is concave and its slope is β, so its last tangent (dotted) is still
-a bound.
+WRITES frontier.csv (the curve), table.csv (what is printed) and frontier.png in --out, beside the
+cache pictures.csv. Errors are standard errors by a bootstrap over pictures, the curve's at equal
+KL. A small β rests on few pictures: where fewer than 50 effective ones are left, ESS = (Σ w)²/Σ w²,
+the curve ends. It is concave and its slope is β, so its last tangent (dotted) is still a bound.
 """
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class Config(rewards.RewardFlags):
     prompts: str = "bias"  # what to draw: one prompt, or a set with only one in it
     pictures: int = 20000  # pretrained pictures that the curve is made from
     runs: tuple[str, ...] = ()  # finished runs of the same prompt and reward, to stand beside it
-    eval_samples: int = 128  # pictures of a run whose evaluation.json has not this gold
+    eval_samples: int = 128  # fresh pictures of each run
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
@@ -65,11 +64,7 @@ class Config(rewards.RewardFlags):
     out: str = "runs/frontier"  # folder of all that is written
 
 
-SAME = ["model", "reward", "prompts", "num_steps", "eta", "guidance_scale"]
-SAME += [field.name for field in fields(rewards.RewardFlags)  # of pictures and of all runs
-         if field.name not in runs.NO_MATTER]
-MEANS = ("reward", "reward_se", "gold", "gold_se")
-POINT = ("kl", "reward", "gold", "ess", "reward_se", "gold_se")
+OWN = ("gold", "pictures", "runs", "eval_samples", "seed", "out")  # what a run has otherwise
 
 # ---- the mathematics ------------------------------------------------------------------------
 
@@ -100,35 +95,33 @@ def effective_pictures(w):
     return w.sum()**2 / w.square().sum()
 
 
-def points(r, g, weights):
-    """(E_pre[w·log w], E_pre[w·r], E_pre[w·g], ESS) of each w.   (N,), (N,), (N,)s -> (len, 4)"""
-    return torch.stack([torch.stack([weights_kl(w), (w * r).mean(), (w * g).mean(),
-                                     effective_pictures(w)]) for w in weights])
+def point(r, g, w):
+    """(E_pre[w·log w], E_pre[w·r], E_pre[w·g], ESS).   (N,), (N,), (N,) -> (4,)"""
+    return torch.stack([weights_kl(w), (w * r).mean(), (w * g).mean(), effective_pictures(w)])
 
 
-def frontier(r, g, betas):
-    """The points of p_β for each β.  -> (betas, 4)"""
-    return points(r, g, [tilted_weights(r, beta) for beta in betas])
-
-
-def best_of_n(r, g):
-    """The points of the best of n by reward, for each n of NS.  -> (NS, 4)"""
-    return points(r, g, [best_of_n_weights(r, n) for n in NS])
+def points(r, g, betas):
+    """The points of p_β for each β, and then of the best of n for each n of NS.  -> (P,4)"""
+    weights = [tilted_weights(r, beta) for beta in betas]
+    weights += [best_of_n_weights(r, n) for n in NS]
+    return torch.stack([point(r, g, w) for w in weights])
 
 
 def bootstrap_errors(r, g, betas, seed, draws=200):
-    """s.e. of reward and gold: the curve's *at equal KL* (betas, 2), and best of n's (NS, 2).
+    """s.e. of reward and gold of all points, the curve's *at equal KL*.  -> (P,2)
 
     At equal β a new set of pictures has another KL too, and slides mostly along the curve.
     """
-    kl = frontier(r, g, betas)[:, 0]
-    stream, curves, best = training.random_stream(seed, "bootstrap"), [], []
+    C = len(betas)
+    kl = points(r, g, betas)[:C, 0]
+    stream, found = training.random_stream(seed, "bootstrap"), []
     for _ in tqdm(range(draws), "bootstrap", leave=False, delay=2):
         chosen = torch.from_numpy(stream.integers(len(r), size=len(r)))
-        new_kl, new_r, new_g, _ = frontier(r[chosen], g[chosen], betas).T
-        curves.append(np.stack([np.interp(kl, new_kl, new_r), np.interp(kl, new_kl, new_g)], 1))
-        best.append(best_of_n(r[chosen], g[chosen])[:, 1:3].numpy())
-    return np.std(curves, 0, ddof=1), np.std(best, 0, ddof=1)
+        new = points(r[chosen], g[chosen], betas).numpy()
+        for column in (1, 2):
+            new[:C, column] = np.interp(kl, new[:C, 0], new[:C, column])
+        found.append(new[:, 1:3])
+    return np.std(found, 0, ddof=1)
 
 
 def least_kl(curve, reward):
@@ -144,7 +137,7 @@ def check(config):
     if len(get_prompts(config.prompts)) != 1:
         raise ValueError(f"--prompts {config.prompts}: the frontier is that of one prompt")
     folders = runs.labels(config.runs)
-    wanted = {name: getattr(config, name) for name in SAME}
+    wanted = {name: value for name, value in asdict(config).items() if name not in OWN}
     for folder in folders.values():
         runs.check_settings(folder, wanted, "its place is under another curve")
     if Path(config.out, "pictures.csv").is_file():
@@ -165,10 +158,9 @@ def draw_pictures(config, reward, gold):
     first, end = len(rows) // BLOCK, math.ceil(config.pictures / BLOCK)
     for k in tqdm(range(first, end), "pretrained pictures", end, initial=first, unit="block"):
         images = mdp.rollout(pipe, prompts, config, "frontier", k).images
-        r = rewards.score(reward, images, prompts, folder)
-        g = rewards.score(gold, images, prompts, folder)
-        rows += [{"reward": round(a, 4), "gold": round(b, 4)}
-                 for a, b in zip(r.tolist(), g.tolist())]
+        r = rewards.score(reward, images, prompts)
+        g = rewards.score(gold, images, prompts)
+        rows += rows_of(("reward", "gold"), r, g)
         runs.write_rows(path, rows)  # a stop leaves the old file or the new one
     numbers = [[row["reward"], row["gold"]] for row in rows[:config.pictures]]
     r, g = torch.tensor(numbers, dtype=torch.float64).T
@@ -177,17 +169,15 @@ def draw_pictures(config, reward, gold):
     return r, g
 
 
-def ends_of(folder, config, reward, gold):
-    """(mean, s.e.) of reward, of gold and of path KL of a finished run, on fresh noise."""
-    summary = tables.summary_of(folder)
-    names = ("reward", "gold", "kl")
-    if summary.get("gold", {}).get("title") == f"gold: {config.gold}":
-        return [(summary[name]["after"], summary[name]["after_se"]) for name in names]
-    # A run of chapter 3 has neither gold nor KL.
+def point_of(folder, config, reward, gold):
+    """A finished run on fresh noise: path KL, and reward and gold with their errors."""
     pipe, reference = models.load_run(folder, config.device, config.dtype)
     prompts = get_prompts(config.prompts)
     found = dpok.evaluate(pipe, prompts, reward, gold, reference, config)
-    return [training.mean_se(found[name]) for name in names]
+    point = {"kl": found["kl"].mean().item()}
+    for name in ("reward", "gold"):
+        point[name], point[f"{name}_se"] = training.mean_se(found[name])
+    return point
 
 
 def rows_of(names, *columns):
@@ -195,67 +185,57 @@ def rows_of(names, *columns):
     return [dict(zip(names, line, strict=True)) for line in np.column_stack(columns).tolist()]
 
 
-def rounded(row):
-    """The same line with numbers of four digits behind the point, or four in all if larger."""
-    return {name: value if isinstance(value, str) else f"{value:.4f}" if abs(value) < 10 else
-            f"{value:.4g}" for name, value in row.items()}
-
-
-def table_of(curve, best, ends):
+def table_of(curve, others):
     """A line for each tenth point of the curve, best of n and each run: its KL lies between two.
 
     No distribution has such a reward at less KL than the curve ("KL at least"), and Lemma 4.2 and
     best of n's formula say what it is at most.
     """
+    every_tenth = curve[::-10][::-1]  # the last one too
+    points = {f"β = {row['beta']:.3g}": row for row in every_tenth} | others
     rows = []
-    for row in curve[::-10][::-1]:  # every tenth, the last one too
-        rows.append({"what": f"β = {row['beta']:.3g}", "KL at least": row["kl"],
-                     "KL at most": row["kl"], **{name: row[name] for name in MEANS}})
-    for row in best:
-        rows.append({"what": f"best of {row['n']:.0f}",
-                     "KL at least": least_kl(curve, row["reward"]),
-                     "KL at most": row["kl_bound"], **{name: row[name] for name in MEANS}})
-    for label, (reward, gold, (kl, _)) in ends.items():
-        rows.append({"what": label, "KL at least": least_kl(curve, reward[0]), "KL at most": kl,
-                     **dict(zip(MEANS, (*reward, *gold)))})
+    for what, point in points.items():
+        row = {"what": what, "KL at least": f"{least_kl(curve, point['reward']):.4f}",
+               "KL at most": f"{point['kl']:.4f}"}
+        for name in ("reward", "gold"):
+            error = point[f"{name}_se"]
+            row[name] = tables.rounded(point[name], error)
+            row[f"{name}_se"] = tables.rounded(error, error)
+        rows.append(row)
     return rows
 
 
-def draw(path, curve, best, ends, config):
+def draw(path, curve, others, config):
     """Reward and gold against KL: the curve ± s.e., best of n, and runs at their path KL."""
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     titles = (f"proxy: {config.reward} (nothing is above the curve)",
               f"gold: {config.gold} (the curve is no bound)")
-    x, beta = [row["kl"] for row in curve], curve[-1]["beta"]
-    for i, (ax, name) in enumerate(zip(figure.subplots(1, 2), ("reward", "gold"))):
+    x, end = [row["kl"] for row in curve], curve[-1]
+    for ax, name, title in zip(figure.subplots(1, 2), ("reward", "gold"), titles):
         y = np.array([row[name] for row in curve])
         error = np.array([row[f"{name}_se"] for row in curve])
         ax.fill_between(x, y - error, y + error, alpha=0.25, color="black", lw=0)
-        ax.plot(x, y, "k", lw=1)
-        ax.annotate("p_β", (x[-1], y[-1]), (-4, 4), textcoords="offset points", ha="right")
+        ax.plot(x, y, "k", lw=1, label="p_β")
         if name == "reward":  # concave, with the slope β: nothing is above its last tangent either
-            highest = [row["reward"] for row in best] + [run[0][0] for run in ends.values()]
-            top = max(y[-1], *highest)
-            ax.plot([x[-1], x[-1] + (top - y[-1]) / beta], [y[-1], top], "k:", lw=1)
-        for row in best:
-            ax.errorbar(row["kl_bound"], row[name], row[f"{name}_se"], fmt="ko", ms=4, mfc="white")
-            ax.annotate(f"{row['n']:.0f}", (row["kl_bound"], row[name]), (5, -7),
-                        textcoords="offset points", size=7)
-        ax.annotate("best of n", (row["kl_bound"], row[name]), (9, 1), size=8,
-                    textcoords="offset points")
-        for label, run in ends.items():
-            (value, its_error), (kl, _) = run[i], run[2]
-            ax.errorbar(kl, value, its_error, fmt="<", ms=6, label=label)
-        ax.set(xlabel="KL to the pretrained model, nats (best of n and runs: at most)")
-        ax.set_title(titles[i], size=10)
+            rise = max(0, *(point["reward"] - y[-1] for point in others.values()))
+            ax.plot([x[-1], x[-1] + rise / end["beta"]], [y[-1], y[-1] + rise], "k:", lw=1)
+        for label, point in others.items():
+            place = point["kl"], point[name]
+            look = dict(fmt="<", ms=6, label=label)
+            if label.startswith("best of"):
+                look = dict(fmt="ko", ms=4, mfc="white")
+                ax.annotate(label.split()[-1], place, (5, -7), textcoords="offset points", size=7)
+            ax.errorbar(*place, point[f"{name}_se"], **look)
+        ax.set(xlabel="KL in nats, or what it is at most")
+        ax.set_title(title, size=10)
         ax.set_xscale("asinh", linear_width=0.5)
         ticks = [0, 0.3, 1, 3, 10, 30, 100, 300, 1000, 10000]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    if ends:
-        handles = ax.get_legend_handles_labels()
-        figure.legend(*handles, fontsize=8, loc="outside right center", title="runs, at path KL")
+    handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, loc="outside right center",
+                  title="numbers: best of n\nruns: at path KL")
     figure.savefig(path)
 
 
@@ -265,21 +245,23 @@ def main(argv=None):
     reward = rewards.get_reward(config.reward, config)
     gold = rewards.get_reward(config.gold, config, flag="--gold")
     r, g = draw_pictures(config, reward, gold)
-    ends = {label: ends_of(folder, config, reward, gold) for label, folder in folders.items()}
-
     betas = BETAS * r.std().item()
-    errors, best_errors = bootstrap_errors(r, g, betas, config.seed)
-    curve = rows_of(("beta", *POINT), betas, frontier(r, g, betas), errors)
-    curve = [row for row in curve if row["ess"] >= MIN_ESS]
-    best = rows_of(("n", *POINT, "kl_bound", "queries"), NS, best_of_n(r, g), best_errors,
-                   [ev.best_of_n_kl(n) for n in NS], NS)
-    rows = table_of(curve, best, ends)
-    for name, lines in (("frontier", curve), ("best_of_n", best), ("table", rows)):
-        runs.write_rows(out / f"{name}.csv", [rounded(line) for line in lines])
-    print(tables.as_text([rounded(row) for row in rows]))
-    draw(out / "frontier.png", curve, best, ends, config)
-    print(f"frontier.csv, best_of_n.csv, table.csv and frontier.png are in {out}")
-    return curve, best, ends
+    errors = bootstrap_errors(r, g, betas, config.seed)
+    rows = rows_of(("kl", "reward", "gold", "ess", "reward_se", "gold_se"),
+                   points(r, g, betas), errors)
+    curve = [{"beta": beta} | row for beta, row in zip(betas, rows) if row["ess"] >= MIN_ESS]
+    others = {}  # label -> a point at the most that its KL can be
+    for n, row in zip(NS, rows[len(betas):]):
+        others[f"best of {n}"] = row | {"kl": ev.best_of_n_kl(n)}
+    for label, folder in folders.items():
+        others[label] = point_of(folder, config, reward, gold)
+    rows = table_of(curve, others)
+    runs.write_rows(out / "frontier.csv", curve)
+    draw(out / "frontier.png", curve, others, config)
+    runs.write_rows(out / "table.csv", rows)
+    print(tables.as_text(rows))
+    print(f"frontier.csv, table.csv and frontier.png are in {out}")
+    return curve, others
 
 
 if __name__ == "__main__":

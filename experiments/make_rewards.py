@@ -20,8 +20,7 @@ The preference labels come from the exact judge, and one in six is wrong. There 
 purpose: the twin of ImageReward is to be a good guess at what we mean on ordinary pictures, and no
 better than a guess elsewhere, so that optimizing it too far can be seen to fail.
 
-About 30 minutes on one CPU core, after make_tiny_sd.py. What is measured is printed, and added to
-measured.csv in the folder.
+About 30 minutes on one CPU core, after make_tiny_sd.py, which see for what is measured.
 """
 
 import re
@@ -45,7 +44,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import make_tiny_sd  # noqa: E402
-from experiments.make_tiny_sd import draws, images_of, note, optimize, pixels_of  # noqa: E402
+from experiments.make_tiny_sd import draws, images_of, make, note, optimize, pixels_of  # noqa: E402
 from support import flags, models  # noqa: E402
 from support import reward_models as nets  # noqa: E402
 from tiny_sd import judge, shapes, web  # noqa: E402
@@ -54,6 +53,7 @@ mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # alignment, the questions
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
+EPOCHS = 3  # passes over the preference pairs
 PATCH = 8  # px, of the image encoders
 GRID = shapes.SIZE // PATCH  # patches a side
 
@@ -111,7 +111,7 @@ def remake_clip(config, out, device):
         text = clip.get_text_features(input_ids=tokens[i].to(device)).pooler_output
         return clip_loss(image, text, clip.logit_scale.exp().clamp(max=100))
 
-    optimize(clip, loss_of, len(pictures), "clip", config.clip_steps, config.seed)
+    optimize(clip, loss_of, len(pictures), "clip", config)
     clip.half().save_pretrained(out / "clip")
 
 
@@ -123,32 +123,29 @@ def remake_aesthetic(config, out, device):
     ratings = beauty(pictures).to(device)
     clip = hf.CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
     with torch.no_grad():
-        f = [clip.get_image_features(pixel_values=normalize(p).to(device)).pooler_output
-             for p in pictures.split(256)]
-    f = F.normalize(torch.cat(f), dim=1)
+        f = torch.cat([clip.get_image_features(pixel_values=normalize(p).to(device)).pooler_output
+                       for p in pictures.split(256)])
+    f = F.normalize(f, dim=1)
     mlp = nets.LaionMLP(f.shape[1]).to(device)
 
     def loss_of(i, stream):
         return F.mse_loss(mlp(f[i]), ratings[i])
 
-    optimize(mlp, loss_of, len(f), "aesthetic", config.aesthetic_steps, config.seed, batch=256)
+    optimize(mlp, loss_of, len(f), "aesthetic", config, batch=256)
     save_half(mlp.state_dict(), out / "aesthetic.safetensors")
 
 
 # ---- 3. ImageReward -------------------------------------------------------------------------
 
 
-def make_image_reward(words, width=128, layers=3, text_layers=3):
-    """ImageReward's classes at a small size; shapes as they would be read off a checkpoint."""
-    shape = {"vision.embeddings.patch_embedding.weight": (width, 3, PATCH, PATCH),
-             "vision.embeddings.position_embedding": (1, GRID**2 + 1, width),
-             "vision.encoder.layers.0.mlp.fc1.weight": (2 * width, width),
-             "text.embeddings.word_embeddings.weight": (words, width),
-             "text.embeddings.position_embeddings.weight": (35, width),
-             "text.encoder.layer.0.intermediate.dense.weight": (2 * width, width)}
-    shape |= {f"vision.encoder.layers.{i}.": () for i in range(1, layers)}
-    shape |= {f"text.encoder.layer.{i}.": () for i in range(1, text_layers)}
-    model = nets.ImageRewardModel(shape)
+def make_image_reward(words, width=128):
+    """ImageReward's classes at a small size."""
+    size = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+                num_attention_heads=width // 64)
+    model = nets.ImageRewardModel(hf.BlipConfig(
+        vision_config=dict(size, image_size=PATCH * GRID, patch_size=PATCH, layer_norm_eps=1e-6),
+        text_config=dict(size, vocab_size=words, max_position_embeddings=35, bos_token_id=None,
+                         sep_token_id=None)))
     draw_weights(model.vision)
     draw_weights(model.text)
     with torch.no_grad():
@@ -249,13 +246,14 @@ def patch_labels(scene, digit=None):
     return torch.from_numpy(labels.reshape(GRID**2, 4))
 
 
-def train_vision(vision, scenes, pictures, digits, steps, device, seed):
+def train_vision(vision, scenes, pictures, digits, config):
     """A ViT comes to BLIP and LLaVA knowing much of the world; this one, what each patch shows.
 
     Labels: `patch_labels`, digits included. The first token, which is no patch, is asked how many
     objects there are in all.
     """
     sizes = [len(shapes.COLORS) + 1, len(shapes.SHAPES) + 1, 2, 5, len(shapes.NUMBERS) + 1]
+    device = vision.device
     head = torch.nn.Linear(vision.config.hidden_size, sum(sizes)).to(device)  # thrown away after
     labels = torch.stack([patch_labels(*pair) for pair in zip(scenes, digits)])
     counts = torch.tensor([len(scene) for scene in scenes])
@@ -267,7 +265,7 @@ def train_vision(vision, scenes, pictures, digits, steps, device, seed):
             loss = loss + F.cross_entropy(guess[:, 1:].flatten(0, 1), truth.flatten())
         return loss
 
-    optimize(torch.nn.ModuleList([vision, head]), loss_of, len(pictures), "vision", steps, seed)
+    optimize(torch.nn.ModuleList([vision, head]), loss_of, len(pictures), "vision", config)
 
 
 @torch.no_grad()
@@ -285,7 +283,7 @@ def answer(model, tokenizer, seen, prompts):
     return model.mlp(h[:, 0])
 
 
-def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=128):
+def train_matching(model, tokenizer, requests, scenes, seen, config, batch=128):
     """BLIP's image-text matching: is this the picture's caption?  Its own is, another is not.
 
     Most others are wrong in one attribute only, as BLIP picks those that are hard to tell.
@@ -299,27 +297,11 @@ def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=
         return F.binary_cross_entropy_with_logits(logits, torch.tensor(match).to(logits))
 
     both = torch.nn.ModuleList([model.text, model.mlp])
-    optimize(both, loss_of, len(seen), "matching", steps, seed, batch)
-
-
-def train_preferences(model, tokenizer, prompts, seen, epochs, seed, batch=32):
-    """Bradley–Terry on pairs, the one called better first; most layers keep still, as published."""
-    passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(epochs)]
-    order = iter(torch.from_numpy(np.concatenate(passes)).split(batch))
-
-    def loss_of(i, stream):
-        i = next(order)  # each pair once in an epoch
-        text = [prompts[k] for k in i.tolist()]
-        better, worse = [answer(model, tokenizer, seen[i, side], text) for side in (0, 1)]
-        return bradley_terry_loss(better, worse)
-
-    trained = torch.nn.ModuleList([model.text.encoder.layer[-1], model.mlp])
-    optimize(trained, loss_of, len(seen), "preferences", epochs * len(seen) // batch, seed, batch,
-             lr=3e-4)
+    optimize(both, loss_of, len(seen), "matching", config, batch)
 
 
 def remake_image_reward(config, out, device):
-    """The three steps, each on what the one before has made."""
+    """Vision, matching, and preferences, each on what the one before has made."""
     seed, folder = config.seed, out / "image_reward"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # BLIP's two more come last
     words = {word: k for k, word in enumerate([*special, *shapes.WORDS, "[DEC]", "[ENC]"])}
@@ -328,18 +310,31 @@ def remake_image_reward(config, out, device):
     model = make_image_reward(len(words)).to(device)
     # Nothing is written on these pictures; on some of the model's own, below.
     requests, scenes, pictures, digits = draw_scenes(config.pictures // 2, seed)
-    train_vision(model.vision, scenes, pictures, digits, config.vit_steps, device, seed)
+    train_vision(model.vision, scenes, pictures, digits, config)
     seen = look(model.vision, pictures)
-    train_matching(model, tokenizer, requests, scenes, seen, config.blip_steps, seed)
-    half = config.pairs // 2
+    train_matching(model, tokenizer, requests, scenes, seen, config)
+    half = config.pictures // 20  # of the preference pairs
     prompts, drawn = drawn_pairs(half, seed + 1)
-    more_prompts, generated = generated_pairs(config.pairs - half, device, seed)
+    more_prompts, generated = generated_pairs(half, device, seed)
     pairs = torch.cat([drawn, generated])
     seen = look(model.vision, pairs.flatten(0, 1)).unflatten(0, (-1, 2))
     flipped = torch.from_numpy(draws(seed, "flips").random(len(pairs))) < LABEL_NOISE
     seen = torch.where(flipped[:, None, None, None], seen.flip(1), seen)
-    train_preferences(model, tokenizer, prompts + more_prompts, seen, config.epochs, seed)
+    prompts += more_prompts
+    passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(EPOCHS)]
+    order = iter(torch.from_numpy(np.concatenate(passes)).split(32))
+
+    def loss_of(i, stream):
+        i = next(order)  # each pair once in an epoch
+        text = [prompts[k] for k in i.tolist()]
+        better, worse = [answer(model, tokenizer, seen[i, side], text) for side in (0, 1)]
+        return bradley_terry_loss(better, worse)
+
+    trained = torch.nn.ModuleList([model.text.encoder.layer[-1], model.mlp])  # as published
+    steps = EPOCHS * len(seen) // 32
+    optimize(trained, loss_of, len(seen), "preferences", config, batch=32, lr=3e-4, steps=steps)
     save_half(nets.rename_blip(model.state_dict(), back=True), folder / "model.safetensors")
+    model.config.to_json_file(folder / "blip_config.json")
 
 
 # ---- 4. a vision-language model ----------------------------------------------------------------
@@ -403,13 +398,13 @@ def question_and_answer(caption, rng):
     return f"How many {name}s are there in this image?", ("none", *shapes.NUMBERS)[count]
 
 
-def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64):
+def train_vlm(vlm, processor, pictures, captions, config):
     """Next-word cross-entropy of the answers alone, given picture and question.
 
     The image encoder stays as it is, as LLaVA's does.
     """
     vlm.model.vision_tower.requires_grad_(False)
-    tokenizer = processor.tokenizer
+    tokenizer, device = processor.tokenizer, vlm.device
     image = "<image>" * GRID**2
 
     def loss_of(i, stream):
@@ -426,39 +421,33 @@ def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64)
         return vlm(input_ids=ids.to(device), attention_mask=mask.to(device),
                    labels=labels.to(device), pixel_values=normalize(pictures[i]).to(device)).loss
 
-    optimize(vlm, loss_of, len(pictures), "vlm", steps, seed, batch)
+    optimize(vlm, loss_of, len(pictures), "vlm", config)
 
 
 def vlm_exam(ask, n, seed, vae=None):
-    """Share of right answers without writing, and beside a digit that is wrong.
+    """Share of right answers on n pictures without writing, and where a digit is wrong.
 
-    n pictures of two to four shapes, after the VAE if there is one.  -> {what is measured: share}
+    The pictures go through the VAE if there is one.  -> {what is measured: share}
     """
-    rng = draws(seed, "vlm exam")
-    names = shapes.prompts_of("count")
-    groups = [shapes.parse(names[rng.integers(len(names))])[0] for _ in range(n)]
-    looks = [f"{group.color} {group.shape}" for group in groups]
-    questions = [f"How many {look}s are there in this image?" for look in looks]
-    counts = [shapes.NUMBERS[group.count - 1] for group in groups]
     shares = {}
-    for where in ("no writing", "a wrong digit"):
-        digits = [int(rng.choice([k for k in shapes.DIGITS if k != group.count]))
-                  for group in groups]
-        writing = digits if where == "a wrong digit" else [None] * n
-        scenes = [web.layout((group,), rng, digit) for group, digit in zip(groups, writing)]
-        images = images_of(draw(scenes, rng, writing))
+    for writing, where in ((False, "no writing"), (True, "a wrong digit")):
+        images, requests = make_tiny_sd.exam(["count"], n, seed, writing)
+        digits = judge.read(images)
+        keep = [i for i in range(n) if digits[i] != requests[i][0].count]
+        images = [images[i] for i in keep]
         images = make_tiny_sd.through_vae(vae, images) if vae else images
-        answers, descriptions = ask(images, questions), ask(images, [rewards.QUESTION] * n)
-        shares[f"right number, {where}"] = share_equal(answers, counts)
-        named = [rewards.holds(text, look) for text, look in zip(descriptions, looks)]
-        shares[f"right color and shape, {where}"] = sum(named) / n
-    written = [shapes.NUMBERS[digit - 1] for digit in digits]
-    shares["answers the wrong digit"] = share_equal(answers, written)
+        groups = [requests[i][0] for i in keep]
+        looks = [f"{group.color} {group.shape}" for group in groups]
+        answers = ask(images, [f"How many {look}s are there in this image?" for look in looks])
+        counted = [answer == shapes.NUMBERS[group.count - 1]
+                   for answer, group in zip(answers, groups)]
+        named = [rewards.holds(text, look)
+                 for text, look in zip(ask(images, [rewards.QUESTION] * len(keep)), looks)]
+        shares[f"right number, {where}"] = np.mean(counted)
+        shares[f"right color and shape, {where}"] = np.mean(named)
+    read = [answer == shapes.NUMBERS[digits[i] - 1] for answer, i in zip(answers, keep)]
+    shares["answers the wrong digit"] = np.mean(read)
     return shares
-
-
-def share_equal(answers, truths):
-    return sum(answer == truth for answer, truth in zip(answers, truths)) / len(truths)
 
 
 def save_half(weights, path):
@@ -466,19 +455,9 @@ def save_half(weights, path):
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str = str(ROOT / "tiny_sd")  # folder that the twins are written into
+class Config(make_tiny_sd.Config):
     only: Literal["clip", "aesthetic", "image_reward", "vlm", "measure"] | None = None  # one part
-    pictures: int = 20000  # pictures to train on
-    clip_steps: int = 1000  # optimizer steps of CLIP
-    aesthetic_steps: int = 1500  # optimizer steps of LAION's MLP
-    vit_steps: int = 700  # optimizer steps of the image encoders
-    blip_steps: int = 400  # optimizer steps of image-text matching
-    vlm_steps: int = 2500  # optimizer steps of the vision-language model
-    pairs: int = 2000  # preference pairs, half of them generated
-    epochs: int = 3  # passes over the preference pairs
-    seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    pictures: int = 20000  # pictures to train on; a tenth as many preference pairs
 
 
 def remake_vlm(config, out, device):
@@ -487,10 +466,9 @@ def remake_vlm(config, out, device):
     vlm = make_vlm(processor.tokenizer).to(device)
     _, scenes, drawn, digits = draw_scenes(config.pictures // 2, config.seed, writing=True)
     tower = vlm.model.vision_tower
-    train_vision(tower, scenes, drawn, digits, config.vit_steps, device, config.seed)
-    train_vlm(vlm, processor, pictures, captions, config.vlm_steps, device, config.seed)
+    train_vision(tower, scenes, drawn, digits, config)
+    train_vlm(vlm, processor, pictures, captions, config)
     vlm.half().save_pretrained(out / "vlm")
-    make_tiny_sd.forget_places(out / "vlm")
 
 
 @torch.no_grad()
@@ -512,9 +490,8 @@ def measure(config, out, device):
         for kind, (prompts, pictures) in pairs.items():
             liked, other = [rewards.score(reward, images_of(side), prompts)
                             for side in pictures.unbind(1)]
-            share = ((liked > other).double() + 0.5 * (liked == other).double()).mean().item()
-            note(out, f"{name} agrees with the judge on 500 {kind} pairs, a tie is half, %",
-                 100 * share)
+            agrees = 50 * (1 + (liked - other).sign()).mean().item()
+            note(out, f"{name} agrees with the judge on 500 {kind} pairs, a tie is half, %", agrees)
     vae = models.load_pipeline(str(ROOT / "tiny_sd"), device).vae
     for name, share in vlm_exam(nets.load_vlm(twins.vlm, device), 300, seed, vae).items():
         note(out, f"vlm, 300 pictures of two to four shapes, after the VAE: {name}, %", 100 * share)
@@ -525,14 +502,7 @@ PARTS = {"clip": remake_clip, "aesthetic": remake_aesthetic, "image_reward": rem
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv)
-    out, device = Path(config.out), models.pick_device(config.device)
-    for part in [config.only] if config.only else PARTS:
-        torch.manual_seed(config.seed)  # transformers draws initial weights from this one
-        PARTS[part](config, out, device)
-    files = [f for f in out.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
-    size = sum(f.stat().st_size for f in files)
-    print(f"{out} holds {size / 1e6:.1f} MB")
+    make(PARTS, flags.parse(Config, __doc__, argv))
 
 
 if __name__ == "__main__":

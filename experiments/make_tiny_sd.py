@@ -9,9 +9,9 @@ Four steps, as Stable Diffusion was made:
              many objects there are, and where
     refine   the same on fresh pictures with half as many wrong captions, as web-scale models are
              finished on cleaner data
-    measure  VAE PSNR, denoising loss, and how often the exact judge finds a family's prompts right:
-             printed, and added to measured.csv in the folder
+    measure  VAE PSNR, denoising loss, and how often the exact judge finds a family's prompts right
 
+What is measured, and how long each step takes, is printed, and added to measured.csv in the folder.
 The result is a diffusers folder: StableDiffusionPipeline.from_pretrained("tiny_sd") loads it.
 About 75 minutes on one CPU core (vae 22, unet 37, refine 12).  `--only` does a single step.
 """
@@ -21,8 +21,8 @@ import json
 import math
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -47,8 +47,10 @@ mdp = import_module("01_mdp")  # forward_process, denoising_loss
 MAX_LENGTH = 16  # tokens; the longest caption has 9
 WIDTH = 64  # of the text encoder
 STAGES = ("vae", "unet", "refine", "measure", "clip", "aesthetic", "vision", "matching",
-          "preferences", "scenes", "wrong pictures", "generated prompts", "flips", "vlm",
-          "vlm exam")  # also make_rewards.py's: a place in this list is part of an address
+          "preferences", "scenes", "wrong pictures", "generated prompts", "flips",
+          "vlm")  # also make_rewards.py's: a place in this list is part of an address
+STEPS = {"vae": 6000, "unet": 9000, "refine": 3000, "clip": 1000, "aesthetic": 1500, "vision": 700,
+         "matching": 400, "vlm": 2500}  # of the optimizer
 
 
 # ---- the parts ------------------------------------------------------------------------------
@@ -72,10 +74,7 @@ def make_tokenizer():
         files[0].write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
         files[1].write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
         CLIPTokenizer(*map(str, files), model_max_length=MAX_LENGTH).save_pretrained(folder)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    broken = [word for word in shapes.WORDS if len(tokenizer(word).input_ids) != 3]
-    assert not broken, f"not one token each: {broken}"
-    return tokenizer
+        return CLIPTokenizer.from_pretrained(folder)
 
 
 def make_text_encoder(tokenizer):
@@ -92,7 +91,6 @@ def make_text_encoder(tokenizer):
     with torch.no_grad():
         embedding = text_encoder.get_input_embeddings().weight
         embedding.normal_(std=0.5).mul_(known)  # CLIP's 0.02 is slow to learn from at this size
-        assert int(known.sum()) == len(shapes.WORDS) + 2
     return text_encoder
 
 
@@ -145,12 +143,13 @@ def images_of(pixels):
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
 
 
-def optimize(model, loss_of, n, stage, steps, seed, batch=64, lr=1e-3, weight_decay=0.01,
-             warmup=100):
+def optimize(model, loss_of, n, stage, config, batch=64, lr=1e-3, weight_decay=0.01, warmup=100,
+             steps=None):
     """AdamW; the learning rate rises for some steps, and falls along half a cosine down to zero.
 
     loss_of(i, stream) -> (): of the examples i (batch,) of n, with this step's random numbers.
     """
+    steps = 1 if config.quick else steps or STEPS[stage]
     warmup = min(warmup, steps // 5 + 1)
 
     def scale(step):
@@ -160,7 +159,7 @@ def optimize(model, loss_of, n, stage, steps, seed, batch=64, lr=1e-3, weight_de
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
     for step in (bar := trange(steps, desc=stage, mininterval=5)):
-        stream = draws(seed, stage, step)
+        stream = draws(config.seed, stage, step)
         i = torch.from_numpy(stream.integers(n, size=batch))
         loss = loss_of(i, stream)
         optimizer.zero_grad()
@@ -181,7 +180,8 @@ def to_unit(pictures):
     return pictures.float() / 127.5 - 1
 
 
-def train_vae(pictures, steps, device, seed, kl_weight=3e-5):
+def remake_vae(config, out, device, kl_weight=3e-5):
+    pictures, _ = draw_pairs(config.pictures, config.seed)
     vae = make_vae().to(device, memory_format=torch.channels_last)
 
     def loss_of(i, stream):
@@ -192,12 +192,12 @@ def train_vae(pictures, steps, device, seed, kl_weight=3e-5):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(vae.decode(z).sample, x) + kl_weight * kl
 
-    optimize(vae, loss_of, len(pictures), "vae", steps, seed, batch=16, lr=2e-3,
-             weight_decay=1e-4, warmup=200)
-    vae.to(memory_format=torch.contiguous_format).requires_grad_(False)  # as files have it
+    optimize(vae, loss_of, len(pictures), "vae", config, batch=16, lr=2e-3, weight_decay=1e-4,
+             warmup=200)
+    vae.to(memory_format=torch.contiguous_format)  # as files have it
     latents = encode(vae, pictures[:4000])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # as Rombach et al.
-    return vae
+    vae.half().save_pretrained(out / "vae")
 
 
 @torch.no_grad()
@@ -236,10 +236,15 @@ def noise_latents(scheduler, x_0, stream):
     return mdp.forward_process(scheduler, x_0, t, eps), t, eps, scheduler.alphas_cumprod[t]
 
 
-def train_unet(unet, text_encoder, latents, tokens, empty, steps, seed, stage, lr, max_weight=30):
-    """UNet and text encoder, trained: exponential moving averages of their weights."""
+def train_unet(unet, text_encoder, pairs, stage, lr, config, out, device, max_weight=30):
+    """Trains both on pictures and captions, and writes the pipeline with their moving averages."""
+    pictures, captions = pairs
+    vae = AutoencoderKL.from_pretrained(out / "vae").float().to(device)
+    latents = encode(vae, pictures) * vae.config.scaling_factor
+    unet.to(memory_format=torch.channels_last)
+    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     both = torch.nn.ModuleList([unet, text_encoder]).requires_grad_(True)
-    device, scheduler = unet.device, make_scheduler()
     average = torch.optim.swa_utils.AveragedModel(
         both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
 
@@ -252,24 +257,32 @@ def train_unet(unet, text_encoder, latents, tokens, empty, steps, seed, stage, l
         weight = (1 / a_t).clamp(max=max_weight).to(device)
         return mdp.denoising_loss(eps_theta, eps.to(device), weight)
 
-    optimize(both, loss_of, len(latents), stage, steps, seed, lr=lr,
-             weight_decay=1e-3, warmup=200)
+    optimize(both, loss_of, len(latents), stage, config, lr=lr, weight_decay=1e-3, warmup=200)
     average.update_parameters(both)
-    return average.module.eval()
+    unet, text_encoder = average.module.eval()
+    unet.to(memory_format=torch.contiguous_format)  # as files have it
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder, tokenizer=make_tokenizer(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipe.save_pretrained(out)
+    # Stable Diffusion's files have this prefix. Newer transformers write none but read both; older
+    # ones would not find the weights, and go on with random ones.
+    file = Path(out, "text_encoder", "model.safetensors")
+    weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
-@torch.no_grad()
-def measure_unet(pipe, pictures, captions, seed):
-    """E[‖ε − ε_θ‖²/D] on held-out pictures, all timesteps alike, unweighted."""
-    ids = tokenize(pipe.tokenizer, captions).to(pipe.device)
-    x_0 = encode(pipe.vae, pictures) * pipe.vae.config.scaling_factor
-    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, draws(seed, "measure"))
-    losses = []
-    for rows in torch.arange(len(ids)).split(100):
-        text = pipe.text_encoder(ids[rows])[0]
-        eps_theta = pipe.unet(x_t[rows].to(pipe.device), t[rows].to(pipe.device), text).sample
-        losses.append(mdp.denoising_loss(eps_theta.cpu(), eps[rows]).item())
-    return np.mean(losses)
+def remake_unet(config, out, device):
+    pairs = draw_pairs(config.pictures, config.seed)
+    unet, text_encoder = make_unet().to(device), make_text_encoder(make_tokenizer()).to(device)
+    train_unet(unet, text_encoder, pairs, "unet", 1e-3, config, out, device)
+
+
+def refine(config, out, device):
+    pairs = draw_pairs(config.pictures // 2, config.seed + 2, noise=0.5)
+    pipe = models.load_pipeline(str(out), device)
+    train_unet(pipe.unet, pipe.text_encoder, pairs, "refine", 5e-4, config, out, device)
 
 
 def tokenize(tokenizer, captions):
@@ -277,52 +290,30 @@ def tokenize(tokenizer, captions):
                      return_tensors="pt").input_ids
 
 
-# ---- step 3: the pipeline, and how good it is -----------------------------------------------
+# ---- step 3: how good it is -----------------------------------------------------------------
 
 
-def save_pipeline(folder, vae, unet, text_encoder):
-    """Write the diffusers folder; UNet and VAE in half precision to stay small."""
-    unet.to(memory_format=torch.contiguous_format)  # as files have it
-    pipe = StableDiffusionPipeline(
-        vae=vae.half(), unet=unet.half(), text_encoder=text_encoder, tokenizer=make_tokenizer(),
-        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
-    pipe.save_pretrained(folder)
-    # Stable Diffusion's files have this prefix. Newer transformers write none but read both; older
-    # ones would not find the weights, and go on with random ones.
-    file = Path(folder, "text_encoder", "model.safetensors")
-    weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
-    forget_places(folder)
-
-
-def forget_places(folder):
-    """Take out of the JSON files where on this machine their models were loaded from."""
-    for file in Path(folder).rglob("*.json"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if "_name_or_path" in settings:
-            del settings["_name_or_path"]
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def load_pipeline(folder, device):
-    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@torch.no_grad()
+def measure_unet(pipe, pictures, captions, seed):
+    """E[‖ε − ε_θ‖²/D] on held-out pictures, all timesteps alike, unweighted."""
+    text = pipe.text_encoder(tokenize(pipe.tokenizer, captions).to(pipe.device))[0]
+    x_0 = encode(pipe.vae, pictures) * pipe.vae.config.scaling_factor
+    x_t, t, eps, _ = noise_latents(make_scheduler(), x_0, draws(seed, "measure"))
+    eps_theta = pipe.unet(x_t.to(pipe.device), t.to(pipe.device), text).sample
+    return mdp.denoising_loss(eps_theta.cpu(), eps).item()
 
 
 def measure_families(pipe, n=128, steps=20, held_out=False, seed=0):
     """Share of pictures the judge finds fully right, per family: a dict, and the pictures."""
     right, pictures = {}, {}
+    pipe.set_progress_bar_config(disable=True)
     for family in tqdm(shapes.FAMILIES, desc="sampling"):
-        prompts = shapes.prompts_of(family, held_out)
-        if not prompts:
-            continue
-        prompts = [prompts[i * len(prompts) // n % len(prompts)] for i in range(n)]
-        generator = torch.Generator().manual_seed(seed)
-        pictures[family] = pipe(prompts, num_inference_steps=steps, eta=1.0, generator=generator,
-                                guidance_scale=1.0).images
-        right[family] = share_right(pictures[family], [shapes.parse(p) for p in prompts])
+        prompts = training.spread_evenly(shapes.prompts_of(family, held_out), n)
+        if prompts:
+            generator = torch.Generator().manual_seed(seed)
+            pictures[family] = pipe(prompts, num_inference_steps=steps, eta=1.0,
+                                    generator=generator, guidance_scale=1.0).images
+            right[family] = share_right(pictures[family], [shapes.parse(p) for p in prompts])
     return right, pictures
 
 
@@ -331,109 +322,86 @@ def share_right(images, requests):
     return np.mean([judge.score(seen, r) == 1 for seen, r in zip(judge.see(images), requests)])
 
 
-def exam(family, n, seed=0, writing=False):
-    """n drawn pictures of a family's prompts, and what they show; writing: any digit on each."""
-    rng = np.random.default_rng(seed)
-    prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
-    requests = [shapes.parse(prompts[i]) for i in rng.integers(len(prompts), size=n)]
-    images = []
-    for request in requests:
-        digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
-        scene = web.layout(request, rng, digit)
-        images.append(shapes.draw(scene, web.random_background(rng), digit))
+def exam(families, n, seed=0, writing=False):
+    """n drawn pictures of each family, and what they show; writing: any digit on each."""
+    images, requests = [], []
+    for family in families:
+        rng = np.random.default_rng(seed)
+        prompts = shapes.prompts_of(family) + shapes.prompts_of(family, held_out=True)
+        for i in rng.integers(len(prompts), size=n):
+            request = shapes.parse(prompts[i])
+            digit = int(rng.choice(list(shapes.DIGITS))) if writing else None
+            scene = web.layout(request, rng, digit)
+            images.append(shapes.draw(scene, web.random_background(rng), digit))
+            requests.append(request)
     return images, requests
 
 
-def measure_judge(vae, n=100):
-    """Share of n drawn pictures a family that the judge reads rightly: where they were -> share."""
-    shares = {}
-    for writing, names in ((False, ("as drawn", "after the VAE")),
-                           (True, ("with a digit", "digit, after the VAE"))):
-        exams = [exam(family, n, writing=writing) for family in shapes.FAMILIES]
-        images = [image for pictures, _ in exams for image in pictures]
-        requests = [request for _, own in exams for request in own]
-        shares[names[0]] = share_right(images, requests)
-        shares[names[1]] = share_right(through_vae(vae, images), requests)
-    return shares
+def measure(config, out, device):
+    """How good the model in the folder is, and the judge on its pictures."""
+    pipe = models.load_pipeline(str(out), device)
+    fresh, captions = draw_pairs(1000, config.seed + 1)
+    note(out, "VAE: PSNR on 1000 fresh pictures, dB", measure_vae(pipe.vae, fresh))
+    note(out, "denoising loss, mean squared error of ε, all timesteps alike",
+         measure_unet(pipe, fresh, captions, config.seed + 1))
+    for held_out, which in ((False, "512 each, guidance 1, 20 steps"),
+                            (True, "combinations never seen")):
+        right, pictures = measure_families(pipe, n=512, held_out=held_out)
+        for family, share in right.items():
+            note(out, f"pictures fully right, {family}, {which}, %", 100 * share)
+        written = np.mean([digit is not None for digit in judge.read(pictures["count"])])
+        note(out, f"family count: pictures with a digit, {which}, %", 100 * written)
+    for writing, name in ((False, "as drawn"), (True, "with a digit")):
+        images, requests = exam(shapes.FAMILIES, 100, writing=writing)
+        for where, seen in (("", images), (", after the VAE", through_vae(pipe.vae, images))):
+            note(out, f"judge right on 500 drawn pictures, {name}{where}, %",
+                 100 * share_right(seen, requests))
+
+
+# ---- one after the other --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = str(ROOT / "tiny_sd")  # folder that the model is written into
+    out: str = str(ROOT / "tiny_sd")  # folder that is written into
     only: Literal["vae", "unet", "refine", "measure"] | None = None  # do one stage
-    vae_steps: int = 6000  # optimizer steps of the VAE
-    unet_steps: int = 9000  # optimizer steps of UNet and text encoder
-    refine_steps: int = 3000  # optimizer steps on cleaner captions
     pictures: int = 40000  # pictures to train on
+    quick: bool = False  # one step of each training, to see whether all of it works
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 
 
-def remake_vae(config, device):
-    pictures, _ = draw_pairs(config.pictures, config.seed)
-    vae = train_vae(pictures, config.vae_steps, device, config.seed)
-    vae.half().save_pretrained(Path(config.out, "vae"))
-    forget_places(Path(config.out, "vae"))
+PARTS = {"vae": remake_vae, "unet": remake_unet, "refine": refine, "measure": measure}
 
 
-def remake_unet(config, device, stage="unet"):
-    """UNet and text encoder: new ones, or, to refine, those in the folder on cleaner captions."""
-    tokenizer = make_tokenizer()
-    if stage == "unet":
-        pictures, captions = draw_pairs(config.pictures, config.seed)
-        unet, text_encoder = make_unet().to(device), make_text_encoder(tokenizer).to(device)
-        steps, lr = config.unet_steps, 1e-3
-    else:
-        pictures, captions = draw_pairs(config.pictures // 2, config.seed + 2, noise=0.5)
-        pipe = load_pipeline(config.out, device)
-        unet, text_encoder = pipe.unet, pipe.text_encoder
-        steps, lr = config.refine_steps, 5e-4
-    vae = AutoencoderKL.from_pretrained(Path(config.out, "vae")).float().to(device)
-    latents = encode(vae, pictures) * vae.config.scaling_factor
-    unet.to(memory_format=torch.channels_last)
-    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    unet, text_encoder = train_unet(unet, text_encoder, latents, tokens, empty, steps,
-                                    config.seed, stage, lr)
-    save_pipeline(config.out, vae, unet, text_encoder)
-
-
-def measure(config, device):
-    """How good the model in the folder is, and the judge on its pictures."""
-    pipe = load_pipeline(config.out, device)
-    fresh, captions = draw_pairs(1000, config.seed + 1)
-    loss = measure_unet(pipe, fresh, captions, config.seed + 1)
-    note(config.out, "VAE: PSNR on 1000 fresh pictures, dB", measure_vae(pipe.vae, fresh))
-    note(config.out, "denoising loss, mean squared error of ε, all timesteps alike", loss)
-    for held_out in (False, True):
-        right, pictures = measure_families(pipe, n=512, held_out=held_out)
-        for family, share in right.items():
-            which = "combinations never seen" if held_out else "512 each, guidance 1, 20 steps"
-            note(config.out, f"pictures fully right, {family}, {which}, %", 100 * share)
-        if not held_out:
-            digits = judge.read(pictures["count"])
-            written = np.mean([digit is not None for digit in digits])
-            note(config.out, "family count: pictures with a digit, of these 512, %", 100 * written)
-    for name, share in measure_judge(pipe.vae).items():
-        note(config.out, f"judge right on 500 drawn pictures, {name}, %", 100 * share)
-
-
-def note(folder, measured, value):
+def note(out, measured, value):
     """Prints something measured, and adds it to measured.csv in the folder."""
     print(f"{measured:80} {value:.3g}")
-    with open(Path(folder, "measured.csv"), "a", encoding="utf-8", newline="") as file:
+    with open(out / "measured.csv", "a", encoding="utf-8", newline="") as file:
         csv.writer(file).writerow([measured, float(f"{value:.3g}")])
 
 
-PARTS = {"vae": remake_vae, "unet": remake_unet, "refine": partial(remake_unet, stage="refine"),
-         "measure": measure}
+def make(parts, config):
+    """Does all parts, or --only one."""
+    out, device = Path(config.out), models.pick_device(config.device)
+    for part in [config.only] if config.only else parts:
+        started = time.perf_counter()
+        torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
+        parts[part](config, out, device)
+        forget_places(out)
+        note(out, f"minutes of {part}", (time.perf_counter() - started) / 60)
+
+
+def forget_places(out):
+    """Take out of the JSON files where on this machine their models were loaded from."""
+    for file in out.rglob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def main(argv=None):
-    config = flags.parse(Config, __doc__, argv)
-    device = models.pick_device(config.device)
-    for part in [config.only] if config.only else PARTS:
-        torch.manual_seed(config.seed)  # diffusers and transformers draw initial weights from it
-        PARTS[part](config, device)
+    make(PARTS, flags.parse(Config, __doc__, argv))
 
 
 if __name__ == "__main__":

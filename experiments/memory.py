@@ -6,8 +6,9 @@ numbers, so no weight is loaded. Batches of drawing, decoding and training run t
 Whenever an operation makes a tensor its bytes are added, until nothing holds the tensor any more;
 what is reported is the largest sum.
 
-NOT COUNTED: what CUDA, its libraries and gaps between tensors take; encoding prompts, and learned
-rewards at work, while no activation of the UNet is there; the pictures that sft.py gathers.
+Learned rewards count as large as their files. NOT COUNTED: what CUDA, its libraries and gaps
+between tensors take; encoding prompts, and learned rewards at work, while no activation of the UNet
+is there; the pictures that sft.py gathers.
 """
 import math
 import sys
@@ -21,13 +22,11 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support import flags, models  # noqa: E402
-from support.reward_models import find  # noqa: E402
 
 ddpo = import_module("03_ddpo")  # Config
 dpok = import_module("04_dpok")  # Config, Value
@@ -36,7 +35,6 @@ sft = import_module("experiments.sft")  # Config
 PARTS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
 SCRIPTS = {"03_ddpo": ddpo, "04_dpok": dpok, "sft": sft}
 CARDS = (24, 40, 80)  # a card "of 24 GB" has 24·2³⁰ bytes: CUDA and gaps may take the 7 % more
-STATES_AT_ONCE = 256  # in each batch of chapter 4's value function
 LEARNED = {  # reward -> the flags that name its weights
     "aesthetic": ("clip", "aesthetic_weights"), "image_reward": ("image_reward_weights",),
     "vlm_alignment": ("vlm", "bert"), "vlm_strict": ("vlm",)}
@@ -97,58 +95,43 @@ def trajectory_bytes(pictures, steps, latent_shape, reference=False):
 
 def read_networks(model, dtype):
     """UNet, VAE and text encoder in the place of a pipeline's, from their configs alone."""
-    run = models.find_folder(model, "evaluation.json")
+    run = models.find(model, "evaluation.json")
     if run:  # a run has the shapes of the model that it was trained from
         return read_networks(models.read_config(run)["model"], dtype)
-    folder = models.find_folder(model, "model_index.json")
-    options = {} if folder else models.hub_options()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    wanted = "Stable Diffusion 1.x/2.x in diffusers' format"
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(clip_sample=False), device="meta")
-    try:
+    with models.source_of(model, "--model", wanted, "model_index.json") as (source, options):
         with torch.device("meta"):
             for part, kind in PARTS.items():
-                config = kind.load_config(folder or model, subfolder=part, **options)
+                config = kind.load_config(source, subfolder=part, **options)
                 setattr(pipe, part, kind.from_config(config))
             config = transformers.CLIPTextConfig.from_pretrained(
-                folder or model, subfolder="text_encoder", **options)
+                source, subfolder="text_encoder", **options)
             pipe.text_encoder = transformers.CLIPTextModel(config)
         models.check_pipeline(pipe)
-    except Exception as error:  # the loaders raise nearly every type there is
-        wanted = "Stable Diffusion 1.x/2.x in diffusers' format"
-        raise models.load_error("--model", model, folder, wanted, error) from error
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.requires_grad_(False).to(getattr(torch, dtype)).eval()
     return pipe
 
 
-def count_numbers(path):
-    """How many numbers the weights in a file or a folder hold."""
-    if path.is_file() and path.suffix != ".safetensors":
-        return path.stat().st_size // 4  # the published ones are float32
-    if (path / "text_encoder").is_dir():  # a pipeline, of which BERTScore takes this part
-        path = path / "text_encoder"
-    numbers = 0
-    for file in [path] if path.is_file() else path.glob("model*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():
-                numbers += torch.Size(weights.get_slice(key).get_shape()).numel()
-    return numbers
-
-
 def reward_bytes(config):
-    """Part -> bytes of the networks of reward and gold; None for weights that are not here."""
-    on_gpu = (config.device or models.pick_device()).startswith("cuda")
+    """Part -> bytes of the files of reward's and gold's weights; None for those not here."""
     spec = f"{config.reward},{getattr(config, 'gold', '')}"
     sizes = {}
     for reward in [part.partition("=")[0] for part in spec.split(",")]:
         for field in LEARNED.get(reward, ()):
             name = getattr(config, field)
-            size = 2 if field == "vlm" and on_gpu else 4  # half precision, where it is so large
+            path = models.find(name)
+            if path and (path / "text_encoder").is_dir():  # a pipeline: BERTScore takes this part
+                path = path / "text_encoder"
             if name != "judge":  # who has no weights
-                path = find(name)
-                sizes[f"{reward}: {name}"] = size * count_numbers(path) if path else None
+                sizes[f"{reward}: {name}"] = path and file_bytes(path)
     return sizes
+
+
+def file_bytes(path):
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def count(script, config):
@@ -191,14 +174,12 @@ def count(script, config):
     activations = most_bytes(unet, lambda: predict(learned), learns=True)
     learning = {"gradients, and activations of a batch": trained + activations,
                 "gradients, and a step of AdamW": 2 * trained}
-    if getattr(config, "value", False):
-        V, N = dpok.Value(pipe, config), STATES_AT_ONCE
-        states = B * (4 * (T + 1) * math.prod(latent) + prompt)  # of a round: x_t and prompts
-        kept = 3 * bytes_of(V.parameters()) + (config.value_rounds - 1) * states
-        fit = most_bytes(V, lambda: V(torch.empty(N, *latent), torch.empty(N, L, D),
-                                      torch.empty(N)), learns=True)
-        stays["value function, moments, latest rounds"] = kept
-        learning["a fit of the value function"] = config.value_rounds * states + fit
+    if getattr(config, "value", False):  # rounds that it keeps, of x_t, prompts; weights; moments
+        states = B * (4 * (T + 1) * math.prod(latent) + prompt)
+        weights_of_V = bytes_of(dpok.Value(pipe, config).parameters())
+        stays["value function, moments, latest rounds"] = (
+            3 * weights_of_V + (config.value_rounds - 1) * states)
+        learning["a fit of the value function"] = config.value_rounds * states + weights_of_V
     return {"Always on the device": stays | reward_bytes(config),
             "On top while pictures are drawn, one of these": drawing,
             "On top while the model learns, one of these": learning}
@@ -221,8 +202,7 @@ def main(argv=None):
     module = SCRIPTS[script]
     config = flags.parse(module.Config, module.__doc__, words[1:], module.SD)
     counted = count(script, config)
-    print(f"{config.model} with --dtype {config.dtype}, --guidance-scale {config.guidance_scale:g}"
-          f"{', --checkpointing' if config.checkpointing else ''}, in GB of 10⁹ bytes")
+    print(f"{config.model} with --dtype {config.dtype}, in GB of 10⁹ bytes")
     for title, parts in counted.items():
         print(f"\n{title}")
         for name, size in parts.items():
@@ -230,9 +210,9 @@ def main(argv=None):
                 print(f"{'?':>9}  not counted, because it is not here: {name}")
             elif size:
                 print(f"{size / 1e9:9.3f}  {name}")
-    print(f"\nAt most\n{total(counted) / 1e9:9.3f}  on the device")
-    enough = [f"{GB} GB: {'enough' if total(counted) <= GB * 1e9 else 'too small'}" for GB in CARDS]
-    print(f"\nA card of {', '.join(enough)}")
+    print(f"\nAt most\n{total(counted) / 1e9:9.3f}  on the device; a card of")
+    for GB in CARDS:
+        print(f"{GB:6} GB is {'enough' if total(counted) <= GB * 1e9 else 'too small'}")
     return counted
 
 

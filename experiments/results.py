@@ -32,7 +32,7 @@ VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
            "overoptimization_proxy": "overoptimization",
-           "overoptimization_noise_film": "overoptimization_noise",
+           "overoptimization_noise_beta_0/film": "overoptimization_noise",
            "overoptimization_writing_film": "overoptimization_writing",
            "overoptimization_writing": "overoptimization_writing_curves",
            "eval_seeds/queries": "eval_queries", "eval_seeds/best_of_n": "eval_best_of_n",

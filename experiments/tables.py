@@ -31,9 +31,10 @@ def gains_of(folder, names=("reward", "gold", "kl")):
 
 
 def as_text(rows, width=100):
-    """A table for the terminal; one that is too wide lies on its side.  rows: of equal keys"""
+    """A table for the terminal; too wide with few rows, it lies on its side.  rows: equal keys"""
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
-    if sum(max(map(len, column)) + 2 for column in zip(*cells)) > width:
+    is_wide = sum(max(map(len, column)) + 2 for column in zip(*cells)) > width
+    if is_wide and len(rows) < len(rows[0]):
         cells = list(zip(*cells))
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [[text.rjust(size) for text, size in zip(line, widths)] for line in cells]

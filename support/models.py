@@ -5,6 +5,7 @@ Nothing here asks whether the model is the tiny one or the full one.
 import copy
 import functools
 import json
+import textwrap
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,13 @@ HERE = Path(__file__).resolve().parents[1]  # the folder of the scripts
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name for it
 LATENT_PIXELS = 1024  # H·W of all latents that the VAE decodes at once
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # where both papers' adapters are
-EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds",
-                    "encoder_hid_dim_type", "time_cond_proj_dim")
+EQUATIONS = {  # setting -> the values with which chapter 1's equations hold; the first if it lacks
+    "addition_embed_type": (None,), "class_embed_type": (None,), "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None,), "time_cond_proj_dim": (None,),  # conditions beside the prompt
+    "in_channels": (4,), "out_channels": (4,),  # those of a latent
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing"),
+    "thresholding": (False,), "clip_sample": (False,)}
 
 
 # ---- loading --------------------------------------------------------------------------------
@@ -50,10 +56,13 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def find_folder(name, file):
-    """The folder of that name which holds the file: here, or else beside the scripts, or None."""
+def find(name, file=""):
+    """The file or folder of that name: here, or else beside the scripts; None: on the hub, perhaps.
+
+    file: what a folder must have in it to be meant.
+    """
     for place in (Path(name), HERE / name):
-        if (place / file).is_file():
+        if (place / file).exists():
             return place
     return None
 
@@ -68,20 +77,27 @@ def hub_answers():
     return True
 
 
-def hub_options():
-    """Options with which a loader uses earlier downloads alone, where the hub does not answer."""
-    return {} if hub_answers() else {"local_files_only": True}
+@contextmanager
+def source_of(name, flag, wanted, file=""):
+    """What a library's loader takes for a name, and options for it; it may find `file` in a folder.
 
-
-def load_error(flag, name, is_here, wanted, error):
-    """The ValueError of a loader that failed, in one line.  wanted: what the name should be."""
-    reason = " ".join(str(error).split())
-    if not is_here:
-        if not hub_answers():
-            reason = f"the hub does not answer, so only earlier downloads count; {reason}"
-        return ValueError(f"{flag} {name}: not here, nor on the Hugging Face hub; it should be "
-                          f"{wanted} ({reason})")
-    return ValueError(f"{flag} {name}: cannot be used; it should be {wanted} ({reason})")
+    Whatever fails inside becomes one line.  wanted: what the name should be.
+    """
+    path = find(name, file)
+    offline = path is None and not hub_answers()  # then earlier downloads count alone
+    for library in (diffusers, transformers):
+        logging = library.utils.logging
+        logging.set_verbosity_error()
+        show_progress = logging.disable_progress_bar if path else logging.enable_progress_bar
+        show_progress()  # a download of gigabytes should show that it moves
+    try:
+        yield path or name, {"local_files_only": True} if offline else {}
+    except Exception as error:  # the loaders raise nearly every type there is
+        reason = textwrap.shorten(str(error), 400)
+        if offline:
+            reason = f"it is not here, and the hub does not answer: {reason}"
+        raise ValueError(f"{flag} {name}: cannot be loaded; it should be {wanted} ({reason})"
+                         ) from error
 
 
 def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
@@ -91,42 +107,26 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
     dtype: of all weights; those that are trained become float32 in `trainable`.
     """
     device = pick_device(device)
-    run = find_folder(model, "evaluation.json")
+    run = find(model, "evaluation.json")
     if run:
-        try:
-            pipe, _ = load_run(run, device, dtype)
-        except RecursionError as error:
-            raise ValueError(f"--model {model}: by its config.json, it goes on from itself"
-                             ) from error
+        pipe, _ = load_run(run, device, dtype)
         if (run / ADAPTER).is_file():  # merged, so that further training starts from here
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         return pipe
-    folder = find_folder(model, "model_index.json")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        if folder:  # but a download of gigabytes should show that it moves
-            library.utils.logging.disable_progress_bar()
-    try:
-        pipe = read_pipeline(folder or model)
+    wanted = ("a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors; a "
+              "single file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
+    with source_of(model, "--model", wanted, "model_index.json") as (source, options):
+        pipe = read_pipeline(source, options)
         check_pipeline(pipe)
-    except Exception as error:  # the loaders raise nearly every type there is
-        wanted = "a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors"
-        if Path(model).is_file():
-            wanted += " (StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"
-        raise load_error("--model", model, folder or Path(model).exists(), wanted, error) from error
     pipe.unet.eval()
     for frozen in (pipe.vae, pipe.text_encoder):
         frozen.requires_grad_(False).eval()
     return pipe.to(device, pick_dtype(dtype, device))
 
 
-def read_pipeline(source):
-    """StableDiffusionPipeline.from_pretrained, with the DDIM scheduler of latent diffusion.
-
-    source: the Path of a folder, or else a name on the hub.
-    """
-    options = {} if isinstance(source, Path) else hub_options()
+def read_pipeline(source, options):
+    """StableDiffusionPipeline.from_pretrained, with the DDIM scheduler of latent diffusion."""
     if isinstance(source, Path):
         weights = [path.name for path in source.glob("unet/*.safetensors")]
         if weights and all(".fp16." in name for name in weights):
@@ -154,18 +154,10 @@ def read_pipeline(source):
 
 def check_pipeline(pipe):
     """ValueError for a model with which chapter 1's equations would not hold."""
-    unet, scheduler = pipe.unet.config, pipe.scheduler.config
-    channels, kind = pipe.vae.config.latent_channels, scheduler.prediction_type
-    unsupported = {name: unet.get(name) for name in EXTRA_CONDITIONS}  # beside prompt and time
-    unsupported |= {name: scheduler[name] for name in ("thresholding", "clip_sample")}
-    unsupported |= {
-        "in_channels": unet.in_channels != channels and unet.in_channels,
-        "out_channels": unet.out_channels != channels and unet.out_channels,
-        "prediction_type": kind not in ("epsilon", "v_prediction", "sample") and kind,
-        "timestep_spacing": scheduler.timestep_spacing == "linspace" and "linspace",
-        "rescale_betas_zero_snr": scheduler.rescale_betas_zero_snr and kind == "epsilon"}
-    for name, value in unsupported.items():
-        if value:
+    settings = dict(pipe.unet.config) | dict(pipe.scheduler.config)
+    for name, allowed in EQUATIONS.items():
+        value = settings.get(name, allowed[0])
+        if value not in allowed:
             raise ValueError(f"its {name} is {value}, with which a step would not be chapter 1's")
 
 

@@ -1,8 +1,8 @@
 """The networks behind chapter 2's learned rewards, and how their published weights get into them.
 
-Nothing here is a lesson. Each class takes the sizes of its layers from the weights, so that the
-published model and its tiny twin are the same code. Whatever is missing, left over or misshapen in
-a file becomes one ValueError: the flag, the file, the key, and where the right file comes from.
+Nothing here is a lesson. The published models and their tiny twins are the same classes, and their
+files have the same keys. Whatever does not fit becomes one ValueError: the flag, the file, what is
+wrong, and where the right file comes from.
 """
 import json
 from pathlib import Path
@@ -20,57 +20,23 @@ from tiny_sd import judge
 # ---- from a name to weights -----------------------------------------------------------------
 
 
-def find(name):
-    """The file or folder of that name here or beside the scripts, else None (it is the hub's)."""
-    for path in (Path(name), models.HERE / name):
-        if path.exists():
-            return path
-    return None
+def read_weights(source, options):
+    """State dict of a .pt, .pth or .safetensors file, or of the hub's OWNER/REPO/FILE.
+
+    No pickle is ever run: weights_only=True.
+    """
+    if not isinstance(source, Path):
+        owner, repo, file = source.split("/", 2)
+        source = hf_hub_download(f"{owner}/{repo}", file, **options)
+    if str(source).endswith(".safetensors"):
+        return load_file(source)
+    return torch.load(source, "cpu", weights_only=True)
 
 
-def read_weights(name, flag, wanted):
-    """State dict of a .pt, .pth or .safetensors file.  No pickle is ever run: weights_only=True."""
-    path = find(name)
-    try:
-        if path is None:
-            owner, repo, *file = str(name).split("/")
-            file = "/".join(file)
-            path = hf_hub_download(f"{owner}/{repo}", file, **models.hub_options())
-        safe = Path(path).suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        return {str(key): v.float() if v.is_floating_point() else v for key, v in weights.items()}
-    except Exception as error:  # a bad name, no network, no such format: one to the reader
-        raise models.load_error(flag, name, path, wanted, error) from error
-
-
-def load_exactly(model, weights, where):
-    """model.load_state_dict, but one line names the first key missing, left over or misshapen."""
-    have, want = shapes_of(weights), shapes_of(model.state_dict())
-    wrong = sorted(key for key in have | want if have.get(key) != want.get(key))
-    if wrong:
-        key = wrong[0]
-        raise ValueError(f"{where}: {key} is {have.get(key, 'missing')} and should be "
-                         f"{want.get(key, 'missing')} ({len(wrong) - 1} more such)")
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
-
-
-def shapes_of(weights):
-    return {key: tuple(value.shape) for key, value in weights.items()}
-
-
-def from_hub(kind, name, flag, wanted, **options):
+def from_hub(kind, name, flag, wanted, **settings):
     """kind.from_pretrained(folder or hub name); ValueError that names the flag."""
-    folder, logging = find(name), transformers.utils.logging
-    logging.set_verbosity_error()  # but a download of gigabytes should show that it moves
-    show_progress = logging.disable_progress_bar if folder else logging.enable_progress_bar
-    show_progress()
-    try:
-        if folder is None:
-            options |= models.hub_options()
-        return kind.from_pretrained(folder or name, **options)
-    except Exception as error:  # the loaders raise nearly every type there is
-        raise models.load_error(flag, name, folder, wanted, error) from error
+    with models.source_of(name, flag, wanted) as (source, options):
+        return kind.from_pretrained(source, **settings, **options)
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
@@ -106,9 +72,10 @@ def load_clip(name):
 def load_laion_mlp(file, width):
     wanted = ("sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/"
               "improved-aesthetic-predictor, made for --clip openai/clip-vit-large-patch14")
-    weights = read_weights(file, "--aesthetic-weights", wanted)
-    return load_exactly(LaionMLP(width), weights,
-                        f"--aesthetic-weights {file}: it should be {wanted}")
+    mlp = LaionMLP(width).eval()
+    with models.source_of(file, "--aesthetic-weights", wanted) as (source, options):
+        mlp.load_state_dict(read_weights(source, options))
+    return mlp
 
 
 # ---- ImageReward's BLIP ----------------------------------------------------------------------
@@ -136,34 +103,21 @@ def rename_blip(weights, back=False):
     return renamed
 
 
+PUBLISHED = transformers.BlipConfig(  # ImageReward-v1.0's; its file holds the weights alone
+    vision_config=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                       intermediate_size=4096, image_size=224, layer_norm_eps=1e-6),
+    text_config=dict(num_attention_heads=12))
+
+
 class ImageRewardModel(nn.Module):
-    """MLP(h_[CLS]): ImageReward before its score is normalized (Xu et al., arXiv 2304.05977).
+    """MLP(h_[CLS]): ImageReward before its score is normalized (Xu et al., arXiv 2304.05977)."""
 
-    `shape` says how large everything is: the name and shape of each weight. Only attention
-    heads leave no trace there; they are 64 wide in the published model and so in the twin.
-    """
-
-    def __init__(self, shape):
+    def __init__(self, config=PUBLISHED):
         super().__init__()
-        vision = {key.split(".")[3] for key in shape if key.startswith("vision.encoder.layers.")}
-        text = {key.split(".")[3] for key in shape if key.startswith("text.encoder.layer.")}
-        width, _, patch, _ = shape["vision.embeddings.patch_embedding.weight"]
-        places = shape["vision.embeddings.position_embedding"][1]
-        grid = round((places - 1) ** 0.5)  # patches a side; one place is no patch's
-        self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
-            patch_size=patch, image_size=patch * grid,
-            hidden_size=width, num_attention_heads=width // 64, num_hidden_layers=len(vision),
-            intermediate_size=shape["vision.encoder.layers.0.mlp.fc1.weight"][0],
-            layer_norm_eps=1e-6))  # timm's, where transformers has 1e-5
-        words, text_width = shape["text.embeddings.word_embeddings.weight"]
-        self.text = transformers.BlipTextModel(transformers.BlipTextConfig(
-            vocab_size=words, bos_token_id=None, sep_token_id=None,
-            max_position_embeddings=shape["text.embeddings.position_embeddings.weight"][0],
-            hidden_size=text_width, encoder_hidden_size=width,
-            num_attention_heads=text_width // 64, num_hidden_layers=len(text),
-            intermediate_size=shape["text.encoder.layer.0.intermediate.dense.weight"][0],
-            layer_norm_eps=1e-12), add_pooling_layer=False)
-        self.mlp = LaionMLP(text_width)
+        self.config = config
+        self.vision = transformers.BlipVisionModel(config.vision_config)
+        self.text = transformers.BlipTextModel(config.text_config, add_pooling_layer=False)
+        self.mlp = LaionMLP(config.text_config.hidden_size)
 
     def forward(self, pixels, ids, mask):
         image_tokens = self.vision(pixels).last_hidden_state
@@ -173,22 +127,19 @@ class ImageRewardModel(nn.Module):
 
 
 def load_image_reward(file):
-    """ImageReward and its tokenizer: from the file's folder if it is there, else BERT's."""
+    """ImageReward and its tokenizer: what is beside the file, or else the published sizes, BERT's."""
     flag, wanted = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
-    weights = rename_blip(read_weights(file, flag, wanted))
-    where = f"{flag} {file}: it should be {wanted}; under transformers' names"
-    try:
-        model = ImageRewardModel(shapes_of(weights))
-    except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{where}: missing or misshapen is {error}") from error
-    model = load_exactly(model, weights, where)
+    folder, config = Path(file).parent, PUBLISHED
+    sizes = models.find(folder / "blip_config.json")
+    if sizes:
+        config = transformers.BlipConfig.from_json_file(sizes)
+    model = ImageRewardModel(config).eval()
+    with models.source_of(file, flag, wanted) as (source, options):
+        model.load_state_dict(rename_blip(read_weights(source, options)))
     # BLIP's tokenizer adds [DEC] and [ENC]; ImageReward never reads them, they only fill two rows.
-    folder = "bert-base-uncased"
-    if find(file) and (find(file).parent / "tokenizer_config.json").is_file():
-        folder = find(file).parent
-    tokenizer = from_hub(transformers.BertTokenizer, folder, flag,
-                         "beside its tokenizer, or find bert-base-uncased's on the hub")
-    return model, tokenizer
+    tokenizer = models.find(folder, "tokenizer_config.json") or "bert-base-uncased"
+    wanted = "beside its tokenizer, or find bert-base-uncased's on the hub"
+    return model, from_hub(transformers.BertTokenizer, tokenizer, flag, wanted)
 
 
 # ---- token embeddings, and a model that answers questions --------------------------------------
@@ -204,16 +155,16 @@ class TokenEncoder:
 
     def __init__(self, name, layer, device):
         text_encoder, tokenizer = {}, {}
-        if find(name) and (find(name) / "text_encoder").is_dir():  # a pipeline, as tiny_sd is
+        if models.find(name, "text_encoder"):  # a pipeline, as tiny_sd is
             text_encoder, tokenizer = {"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}
             self.reference = "{}"  # its text encoder may know no other words than a prompt's
         wanted = "a BERT-family encoder such as microsoft/deberta-xlarge-mnli"
-        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--bert", wanted, **tokenizer)
-        self.model = from_hub(transformers.AutoModel, name, "--bert", wanted,
-                              dtype=torch.float32, **text_encoder).to(device).eval()
-        last = getattr(self.model.config, "num_hidden_layers", None)
-        if last is None:
-            raise ValueError(f"--bert {name}: it has no layers; it should be {wanted}")
+        with models.source_of(name, "--bert", wanted) as (source, options):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, **tokenizer, **options)
+            self.model = transformers.AutoModel.from_pretrained(
+                source, dtype=torch.float32, **text_encoder, **options).to(device).eval()
+            last = self.model.config.num_hidden_layers
         self.layer = BERT_LAYERS.get(str(name), last) if layer is None else layer
         if not 0 <= self.layer <= last:
             raise ValueError(f"--bert-layer {self.layer}: {name} has layers 0 to {last}")
@@ -240,8 +191,7 @@ def ask_judge(images, questions):
 class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
 
-    def __init__(self, name, device, at_once):
-        self.at_once = at_once  # pictures
+    def __init__(self, name, device):
         wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", wanted,
@@ -256,13 +206,6 @@ class Llava:
         self.processor.num_additional_image_tokens = int(has_cls)
 
     def __call__(self, images, questions):
-        answers = []
-        for first in range(0, len(images), self.at_once):
-            batch = slice(first, first + self.at_once)
-            answers += self.answer(images[batch], questions[batch])
-        return answers
-
-    def answer(self, images, questions):
         chats = [self.chat(question) for question in questions]
         inputs = self.processor(images=images, text=chats, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -279,21 +222,20 @@ class Llava:
         return self.processor.apply_chat_template(chat, add_generation_prompt=True)
 
 
-def load_vlm(name, device, at_once=32):
-    return ask_judge if name == "judge" else Llava(name, device, at_once)
+def load_vlm(name, device):
+    return ask_judge if name == "judge" else Llava(name, device)
 
 
 def load_questions(file):
     """prompt -> [[question, right answer], ...], from a JSON file, else the shape world's."""
     if file is None:
         return judge.questions
-    flag = f"--vlm-questions {file}"
+    flag, known = f"--vlm-questions {file}", {}
     try:
-        known = json.loads((find(file) or Path(file)).read_text(encoding="utf-8"))
-        for pairs in known.values():
-            for pair in pairs:
-                question, answer = map(str.strip, pair)  # TypeError of what is no text
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        text = Path(models.find(file) or file).read_text(encoding="utf-8")
+        for prompt, pairs in json.loads(text).items():
+            known[prompt] = [[str(question), str(answer)] for question, answer in pairs]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{flag}: it must read {{prompt: [[question, answer], ...]}}, but {error}"
                          ) from error
 

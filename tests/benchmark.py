@@ -61,7 +61,7 @@ def train(words, *before):
 
 def train_trl(config, *words):
     """The same training in TRL.  -> one dict for each line that it printed"""
-    model = str(models.find_folder(config.model, "model_index.json"))
+    model = str(models.find(config.model, "model_index.json"))
     program = [config.trl, str(ROOT / "tests/benchmark_trl.py"), "--model", model]
     printed, _ = start([*program, *words])
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]

@@ -1,9 +1,9 @@
 """`pytest --equations` prints which function holds which equation, and which tests check it."""
 import os
+import pydoc
 import re
 import shutil
 from importlib import import_module
-from operator import attrgetter
 
 import pytest
 
@@ -44,10 +44,7 @@ def pytest_collection_modifyitems(items):
 
 def formula_of(dotted):
     """The first line of a function's docstring.  dotted: "04_dpok.Value.fit", "support.a.b"."""
-    parts = dotted.split(".")
-    of_module = 2 if parts[0] in ("support", "experiments", "assignments") else 1
-    module = import_module(".".join(parts[:of_module]))
-    doc = attrgetter(".".join(parts[of_module:]))(module).__doc__ or ""
+    doc = pydoc.locate(dotted).__doc__ or ""
     return doc.partition("\n")[0].strip()
 
 

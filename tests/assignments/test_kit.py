@@ -3,6 +3,7 @@ import ast
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,13 +134,11 @@ def test_a_bug_hunt_has_three_mistakes_in_three_chapters_and_nothing_else(tmp_pa
     assert len(changed) == 3 == len({exercise.chapter for exercise in changed})
     bugs = make.drawn_bugs(5)
     assert {text_of(exercise, copy) for exercise in changed} == {bug.text() for bug in bugs}
-    for bug in bugs:
-        file = bug.exercise.file
-        before, after = (Path(folder, file).read_text(encoding="utf-8").split("\n")
-                         for folder in (ROOT, copy))
-        new = [n for n, line in enumerate(after, 1) if line not in before]
-        assert f"{file}, {bug.exercise.name}: {bug.words}" in solution
-        assert not new or f"line {new[0]} is" in solution and after[new[0] - 1] in solution
+    places = re.findall(r"^(\S+), (\S+): (.+)\n  line (\d+) is\n(.*)", solution, re.MULTILINE)
+    assert len(places) == 3
+    for bug, (file, name, words, number, line) in zip(bugs, places):
+        assert (file, name, words) == (bug.exercise.file, bug.exercise.name, bug.words)
+        assert (copy / file).read_text(encoding="utf-8").split("\n")[int(number) - 1] == line
 
 
 @pytest.mark.parametrize("words, named", [(["."], "already"), (["x", "--hint"], "--bug-hunt")])

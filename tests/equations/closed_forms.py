@@ -19,6 +19,17 @@ from support import training
 T, SHAPE, S, GOAL = 6, (2, 2, 3), 0.5, 1.5  # steps, a latent, spread of the data, best picture
 D = math.prod(SHAPE)
 START = (1.05, 0.08)  # κ and θ of the policy that a loop begins with
+LOOP = dict(num_steps=T, rounds=2, prompts_per_round=2, samples_per_prompt=5, updates_per_round=3,
+            learning_rate=0.02, max_grad_norm=2.0, seed=3)
+CASES = {
+    "plain": dict(),
+    "no step weights": dict(step_weight="none"),
+    "a large gradient is not cut": dict(max_grad_norm=math.inf, learning_rate=1e-3),
+    "another eta, batches of 7": dict(eta=0.5, train_batch_size=7),
+    "guidance": dict(guidance_scale=3.0),
+    "the ratio's D-th root": dict(ratio="per_dim", clip_range=0.02, max_grad_norm=0.2),
+    "half of the steps": dict(timestep_fraction=0.5, train_batch_size=7),
+}
 
 
 def randn(*shape, seed=0):
@@ -216,7 +227,7 @@ def rehearse(loop, config, monkeypatch, *more):
         yield
         pipe.unet = tuned
 
-    def get_reward(spec, config, device=None, flag="--reward"):
+    def get_reward(spec, config, flag="--reward"):
         return {"--reward": reward_of, "--gold": gold_of}[flag]
 
     monkeypatch.setitem(loop.__globals__, "get_prompts", lambda name: ["p", "q"])

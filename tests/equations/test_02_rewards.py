@@ -1,6 +1,7 @@
 """Chapter 2: rewards by hand, and forward passes of random checkpoints in published formats."""
 import math
 import re
+import shutil
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from experiments import make_rewards
+from support import models
 from support import reward_models as nets
 from tiny_sd import shapes
 
@@ -115,7 +117,7 @@ def test_aesthetic_is_a_linear_map_of_the_unit_embedding(tmp_path):
 def image_reward_weights():
     """Random weights under every key of ImageReward.pt, in the shapes of the twin."""
     g, weights = torch.Generator().manual_seed(3), {}
-    for key, value in load_file(nets.find("tiny_sd/image_reward/model.safetensors")).items():
+    for key, value in load_file(models.find("tiny_sd/image_reward/model.safetensors")).items():
         scale = 0.3 if value.ndim == 1 else 2 * value.shape[-1] ** -0.5
         if re.search(r"cls_token|pos_embed|patch_embed|embeddings\.(word|position)_emb", key):
             scale = 0.001 * scale  # so small that the ε of layer norms matters
@@ -178,6 +180,7 @@ def test_image_reward_is_the_original_model(tmp_path):
     weights, unused = image_reward_weights()
     images, file = noise_pictures(3, 64), tmp_path / "ImageReward.pt"
     torch.save(weights, file)
+    shutil.copy(models.find("tiny_sd/image_reward/blip_config.json"), tmp_path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "star"]
     vocabulary = {word: i for i, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)

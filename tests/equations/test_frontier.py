@@ -22,7 +22,8 @@ def normal(*shape):
 def test_tilted_gaussian_in_closed_form(beta):
     """N(m, s²) tilted is N(m + s²/β, s²), at KL s²/2β²; gold's mean follows by its slope on r."""
     m, s, r = -1.8, 0.7, -1.8 + 0.7 * normal(400_000)
-    ((kl, reward, gold, ess),) = fr.frontier(r, 0.3 * r + normal(len(r)), [beta]).tolist()
+    w = fr.tilted_weights(r, beta)
+    kl, reward, gold, ess = fr.point(r, 0.3 * r + normal(len(r)), w).tolist()
     assert kl == pytest.approx(s**2 / (2 * beta**2), rel=0.02, abs=1e-12)
     assert reward == pytest.approx(m + s**2 / beta, abs=0.006)
     assert gold == pytest.approx(0.3 * (m + s**2 / beta), abs=0.008)
@@ -51,7 +52,8 @@ def test_best_of_n_by_enumerating_all_draws_with_ties(n):
     w = fr.best_of_n_weights(r, n)
     assert w.tolist() == pytest.approx((6 * share).tolist())
     assert fr.weights_kl(w) <= fr.ev.best_of_n_kl(n)
-    point = fr.best_of_n(r, g)[fr.NS.index(n)].tolist()
+    place = 1 + fr.NS.index(n)  # behind one β
+    point = fr.points(r, g, [math.inf])[place].tolist()
     assert point[1:3] == pytest.approx([(share @ r).item(), (share @ g).item()])
 
 
@@ -59,15 +61,16 @@ def test_best_of_n_by_enumerating_all_draws_with_ties(n):
 @equation("least KL", "experiments.frontier.least_kl")
 def test_the_frontier_rises_and_no_other_weights_lie_above_it():
     r, g = normal(60).round(decimals=1), normal(60)
-    kl, reward, _, _ = fr.frontier(r, g, fr.BETAS).T
-    assert kl[0] == 0 and kl.diff().min() >= -1e-12 and reward.diff().min() >= -1e-12
-    curve = fr.rows_of(("kl", "reward"), kl, reward)
-    weights = [60 * torch.softmax(a * r + b * normal(60), 0)
-               for a, b in STREAM.uniform(0, 3, (500, 2))]
-    others = [*fr.points(r, g, weights)[:, :2].tolist(), *fr.best_of_n(r, g)[:, :2].tolist()]
-    others += zip(map(fr.ev.best_of_n_kl, fr.NS), fr.best_of_n(r, g)[:, 1].tolist())
+    C = len(fr.BETAS)
+    kl, reward, _, _ = fr.points(r, g, fr.BETAS).T
+    assert kl[0] == 0 and min(kl[:C].diff().min(), reward[:C].diff().min()) >= -1e-12
+    curve = fr.rows_of(("kl", "reward"), kl[:C], reward[:C])
+    others = [*zip(kl[C:], reward[C:]), *zip(map(fr.ev.best_of_n_kl, fr.NS), reward[C:])]
+    for a, b in STREAM.uniform(0, 3, (500, 2)):
+        w = 60 * torch.softmax(a * r + b * normal(60), 0)
+        others.append(fr.point(r, g, w)[:2])
     assert max(fr.least_kl(curve, its) - its_kl for its_kl, its in others) < 2e-3  # interpolation
-    on_it = fr.frontier(r, g, [0.4])[0].tolist()
+    on_it = fr.point(r, g, fr.tilted_weights(r, 0.4)).tolist()
     assert fr.least_kl(curve, on_it[1]) == pytest.approx(on_it[0], abs=2e-3)
 
 
@@ -75,22 +78,20 @@ def test_the_frontier_rises_and_no_other_weights_lie_above_it():
 def test_errors_at_equal_kl_are_those_of_the_free_energy():
     """reward(KL) = min_β β·(KL + log Z), so at equal KL its error is β·s(w)/√N (delta method)."""
     r, betas = normal(2000), np.array([math.inf, *np.logspace(1, -1, 41)])
-    errors, best = fr.bootstrap_errors(r, r + 3, betas, 0)
+    errors = fr.bootstrap_errors(r, r + 3, betas, 0)
     for k in (15, 20, 24):
         want = betas[k] * fr.tilted_weights(r, betas[k]).std().item() / 2000**0.5
         assert errors[k] == pytest.approx([want] * 2, rel=0.15)
-    for error in (errors[0], best[0]):
+    for error in (errors[0], errors[len(betas)]):  # of all pictures, and of the best of 1
         assert error == pytest.approx([r.std().item() / 2000**0.5] * 2, rel=0.15)
 
 
 def test_the_table_brackets_each_kl_between_the_curve_and_a_bound():
     names = ("kl", "reward", "reward_se", "gold", "gold_se", "beta")
     curve = [dict(zip(names, (k, 10.0 * k, 0.1, k / 10, 0.01, 30.0 - k))) for k in range(21)]
-    best = [dict(zip(names, (9.0, 20.0, 0.2, 0.5, 0.02)), n=4, kl_bound=3.5)]
-    ends = {"a run": ((45.0, 0.3), (0.7, 0.03), (80.0, 1.0))}
-    rows = fr.table_of(curve, best, ends)
+    rows = fr.table_of(curve, {"best of 4": dict(zip(names, (3.5, 20.0, 0.2, 0.5, 0.02))),
+                               "a run": dict(zip(names, (80.0, 45.0, 0.3, 0.7, 0.03)))})
     assert [row["what"] for row in rows] == ["β = 30", "β = 20", "β = 10", "best of 4", "a run"]
-    bounds = [(row["KL at least"], row["KL at most"]) for row in rows]
+    bounds = [(float(row["KL at least"]), float(row["KL at most"])) for row in rows]
     assert bounds == [(0, 0), (10, 10), (20, 20), (2, 3.5), (4.5, 80)]
-    assert [list(row.values())[3:] for row in rows[2:]] == [
-        [200, 0.1, 2, 0.01], [20, 0.2, 0.5, 0.02], [45, 0.3, 0.7, 0.03]]
+    assert [float(value) for value in list(rows[4].values())[3:]] == [45, 0.3, 0.7, 0.03]

@@ -80,9 +80,9 @@ def test_votes_are_counted_once_each_and_only_on_their_ballot(tmp_path):
     ann = write_votes(tmp_path / "a", "Ann", "left right tie right")
     bo = write_votes(tmp_path / "b", "Bo", "left right right tie")
     # 62.5 and 87.5 % of the pairs: the standard deviation is 25/√2, with n − 1.
-    table = ballot.main(["--out", str(tmp_path), "--votes", ann, bo])
-    assert "| 75.0 ± 17.7 % | 25.0 ± 17.7 % | 25.0 ± 0.0 % | 2 | 4 |" in table
-    assert (tmp_path / "votes.md").read_text(encoding="utf-8") == table + "\n"
+    rows = ballot.main(["--out", str(tmp_path), "--votes", ann, bo])
+    assert list(rows[0].values())[1:] == [2, 4, "75.0 ± 17.7", "25.0 ± 17.7", "25.0"]
+    assert "75.0 ± 17.7,25.0 ± 17.7" in (tmp_path / "votes.csv").read_text(encoding="utf-8")
     for i, (reason, rater, answers, of) in enumerate([
             ("already", " ann ", "left left left left", "id"),
             ("another ballot", "Cy", "left left left left", "other"),
@@ -90,8 +90,8 @@ def test_votes_are_counted_once_each_and_only_on_their_ballot(tmp_path):
         bad = write_votes(tmp_path / str(i), rater, answers, ballot=of)
         with pytest.raises(ValueError, match=f"{bad}.* {reason}"):
             ballot.main(["--out", str(tmp_path), "--votes", ann, bad])
-    with pytest.raises(ValueError, match="not what this page saves"):
-        ballot.main(["--out", str(tmp_path), "--votes", str(tmp_path / "votes.md")])
+    with pytest.raises(ValueError, match="not what the page saves"):
+        ballot.main(["--out", str(tmp_path), "--votes", str(tmp_path / "votes.csv")])
 
 
 def test_both_runs_draw_as_they_were_trained_on_equal_noise(pipe, tmp_path, monkeypatch):
@@ -126,5 +126,5 @@ def test_a_rater_clicks_through_the_page_and_is_counted(chromium, tmp_path):
     chromium.find_element("id", "download").click()
     file = tmp_path / "votes_Ann_Ü.json"
     WebDriverWait(chromium, 30).until(lambda _: file.exists() and file.stat().st_size)
-    table = ballot.main(["--out", str(tmp_path), "--votes", str(file)])
-    assert "fits the prompt better? | 100.0" in table and "looks better? | 50.0" in table
+    rows = ballot.main(["--out", str(tmp_path), "--votes", str(file)])
+    assert [row["tuned preferred, %"] for row in rows] == ["100.0", "50.0"]

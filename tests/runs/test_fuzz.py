@@ -25,17 +25,20 @@ BY_HAND = [  # script, words, what the message must name
     ("03_ddpo", "--reward missing.py:f", "missing.py"),
     ("03_ddpo", "--reward my.py:few", "1 numbers for 2"),
     ("02_rewards", "--rewards aesthetic --clip bytes", "--clip bytes"),
+    ("03_ddpo", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--reward aesthetic --clip bytes", "--clip bytes"),
+    ("04_dpok", "--gold aesthetic --clip bytes", "--clip bytes"),
     ("02_rewards", "--rewards alignment,beauty", "--rewards beauty"),
     ("01_mdp", "--model folder", "--model folder"), ("01_mdp", "--model ''", "--model"),
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
     ("01_mdp", "--out x.gif", "--out x.gif"), ("01_mdp", "--out empty/x.png", "empty"),
     ("03_ddpo", "--out empty", "empty"), ("03_ddpo", "--name ''", "--name"),
-    ("03_ddpo", "--name taken", "--name taken"), ("03_ddpo", "--resume folder", "--resume folder"),
+    ("03_ddpo", "--resume folder", "folder/config.json: not the settings of a run"),
     ("04_dpok", "--lora-targets nonsense", "--lora-targets"),
     ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),
     ("04_dpok", "--samples-per-prompt 1", "--samples-per-prompt"),
     ("05_eval", "--runs nowhere", "--runs nowhere"), ("05_eval", "--gold nonsense", "--gold"),
-    ("05_eval", "--prompts dogs", "--prompts dogs")]
+    ("05_eval", "--prompts dogs", "05_eval.py: --prompts dogs")]
 FOUND_LATE = "--learning-rate 1e300", "--beta 1e300", "--reward my.py:few"  # as it trains
 
 

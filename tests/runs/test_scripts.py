@@ -77,13 +77,6 @@ def test_a_run_is_the_same_again_bit_for_bit_and_another_goes_on_from_it(script,
         assert further.before["kl"].max() < 1e-6 < further.after["kl"].min()
 
 
-@pytest.mark.parametrize("script, flag", [(ddpo, "--reward"), (dpok, "--reward"), (dpok, "--gold")])
-def test_flags_of_a_learned_rewards_weights_reach_it(script, flag, tmp_path):
-    empty = str(tmp_path)  # a folder without a CLIP in it
-    with pytest.raises(ValueError, match=f"--clip {empty}"):
-        script.main([*TINY, flag, "aesthetic", "--clip", empty, "--out", empty])
-
-
 # ---- the full model's settings --------------------------------------------------------------
 
 
@@ -101,7 +94,7 @@ def full_model(tmp_path_factory):
 
 
 ELSEWHERE = {  # flags that no run with a reward by formula reads
-    *(field.name for field in fields(rewards.RewardFlags)),  # test_flags_of_a_learned_rewards_...
+    *(field.name for field in fields(rewards.RewardFlags)),  # test_fuzz.py: --clip bytes
     "sd", "quick"}  # they choose the defaults, in flags.py
 
 

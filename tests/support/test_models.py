@@ -135,12 +135,11 @@ def test_what_is_no_such_model_is_named_in_one_line(change, named, folder, monke
     (dict(out_channels=8), {}, "out_channels is 8"),
     ({}, dict(prediction_type="flow"), "prediction_type"),
     ({}, dict(thresholding=True), "thresholding"), ({}, dict(clip_sample=True), "clip_sample"),
-    ({}, dict(timestep_spacing="linspace"), "linspace"),
-    ({}, dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr")))
+    ({}, dict(timestep_spacing="linspace"), "linspace")))
 def test_a_model_for_which_the_equations_do_not_hold_is_refused(unet, scheduler, named, pipe):
     models.check_pipeline(pipe)
     config = type(pipe.unet.config)(dict(pipe.unet.config) | unet)
-    other = SimpleNamespace(unet=SimpleNamespace(config=config), vae=pipe.vae,
+    other = SimpleNamespace(unet=SimpleNamespace(config=config),
                             scheduler=DDIMScheduler.from_config(pipe.scheduler.config, **scheduler))
     with pytest.raises(ValueError, match=named):
         models.check_pipeline(other)
@@ -148,7 +147,7 @@ def test_a_model_for_which_the_equations_do_not_hold_is_refused(unet, scheduler,
 
 @pytest.mark.parametrize("load", [
     lambda: models.load_pipeline("nobody/nothing", "cpu"), lambda: nets.load_clip("nobody/nothing"),
-    lambda: nets.read_weights("nobody/nothing/file.pt", "--flag", "a file"),
+    lambda: nets.load_laion_mlp("nobody/nothing/file.pt", 8),
     lambda: nets.load_vlm("nobody/nothing", "cpu"),
     lambda: nets.TokenEncoder("nobody/nothing", None, "cpu")])
 def test_without_a_hub_an_unknown_name_fails_at_once_and_says_why(load, monkeypatch):

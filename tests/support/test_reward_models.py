@@ -10,12 +10,14 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+from support import models
 from support import reward_models as nets
 from tiny_sd import judge, shapes
 
 rewards = import_module("02_rewards")
 SHIPPED = {"aesthetic": "tiny_sd/aesthetic.safetensors",
            "image_reward": "tiny_sd/image_reward/model.safetensors"}
+SIZES = "tiny_sd/image_reward/blip_config.json"
 
 
 def refusal_of(name, **weights):
@@ -30,31 +32,46 @@ def refusal_of(name, **weights):
                                           ("image_reward", "THUDM/ImageReward/ImageReward.pt")])
 @pytest.mark.parametrize("wrong", ["lacks", "has more", "has another shape"])
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line(name, source, wrong, tmp_path):
-    weights, file = load_file(nets.find(SHIPPED[name])), tmp_path / "weights.pt"
+    weights, file = load_file(models.find(SHIPPED[name])), tmp_path / "weights.pt"
+    shutil.copy(models.find(SIZES), tmp_path)
     key = "momentum_encoder.weight" if wrong == "has more" else max(weights)
     weights[key] = torch.zeros(3, 5)
     if wrong == "lacks":
         del weights[key]
     torch.save(weights, file)
     message = refusal_of(name, **{f"{name}_weights": str(file)})
-    assert message.startswith(f"--{name.replace('_', '-')}-weights {file}: it should be {source}")
-    has = "missing" if wrong == "lacks" else r"(3, 5)"
-    assert f": {key} is {has} and should be " in message
+    assert message.startswith(f"--{name.replace('_', '-')}-weights {file}: ") and source in message
+    told = {"lacks": "Missing key", "has more": "Unexpected key", "has another shape": "[3, 5]"}
+    assert key in message and told[wrong] in message
 
 
 def test_names_go_to_publisheds_and_back():
-    weights = load_file(nets.find(SHIPPED["image_reward"]))
+    weights = load_file(models.find(SHIPPED["image_reward"]))
     ours = nets.rename_blip(weights)
     assert all(key.startswith(("vision.", "text.", "mlp.")) for key in ours)
     assert nets.rename_blip(ours, back=True).keys() == weights.keys()
+
+
+def test_without_sizes_beside_its_weights_it_is_the_published_model():
+    with torch.device("meta"):
+        model = nets.ImageRewardModel()
+    weights = nets.rename_blip(model.state_dict(), back=True)
+    assert sum(value.numel() for value in weights.values()) == 446_206_689
+    for key, shape in {
+            "visual_encoder.pos_embed": (1, 197, 1024),
+            "visual_encoder.blocks.23.attn.qkv.weight": (3072, 1024),
+            "text_encoder.embeddings.word_embeddings.weight": (30524, 768),
+            "text_encoder.encoder.layer.11.crossattention.self.key.weight": (768, 1024)}.items():
+        assert weights[f"blip.{key}"].shape == shape
+    for part in (model.vision.config, model.text.config):
+        assert part.hidden_size == 64 * part.num_attention_heads
 
 
 def test_a_name_on_the_hub_is_owner_repo_and_file(tmp_path, monkeypatch):
     torch.save({"w": torch.tensor([1.5]).half()}, tmp_path / "half.pth")
     hub = {("owner/repo", "folder/file.pth"): str(tmp_path / "half.pth")}
     monkeypatch.setattr(nets, "hf_hub_download", lambda *names, **_: hub[names])
-    (w,) = nets.read_weights("owner/repo/folder/file.pth", "--flag", "a file").values()
-    assert w.dtype == torch.float32 and w.item() == 1.5
+    assert nets.read_weights("owner/repo/folder/file.pth", {})["w"].item() == 1.5
 
 
 @pytest.mark.parametrize("field, name, file", [
@@ -115,7 +132,7 @@ def llava(tmp_path_factory):
     """
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llava")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(nets.find("tiny_sd/tokenizer"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.find("tiny_sd/tokenizer"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"}, padding_side="right")
@@ -178,7 +195,7 @@ def test_a_llava_of_2023_or_2024_answers_as_todays(llava, gone, tmp_path):
     assert nets.load_vlm(str(old), "cpu")(IMAGES, questions) == today
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"x": []}', "[]", '{"x": [["How many?", 2]]}'])
+@pytest.mark.parametrize("text", ["{", "{}", '{"x": []}', "[]", '{"x": [["How many?"]]}'])
 def test_questions_come_from_a_file_and_those_that_cannot_be_asked_are_named(text, tmp_path):
     assert nets.load_questions(None) is judge.questions
     file = tmp_path / "questions.json"
