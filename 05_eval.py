@@ -287,6 +287,7 @@ def main(argv=None):
     name = "quick" if config.quick else "eval_runs" if config.runs else "eval"
     config = replace(config, out=config.out or f"runs/{name}")
     plan(config)  # what is wrong in a flag fails here, before training
+    flags.make_folder(config.out)
     measures = Measures(config, rewards, diversity)
     seeds = 1 if config.runs else config.seeds
     configs = [replace(config, seed=config.seed + i) for i in range(seeds)]

@@ -227,7 +227,7 @@ def draw_queries(path, curves, reward):
         x = [row["queries"] for row in seeds[0]]
         r = np.array([[row["reward"] for row in rows] for rows in seeds])
         mean, spread = r.mean(0), r.std(0)
-        ax.plot(x, mean, DASHES[k % 4], marker=".", label=model)
+        ax.plot(x, mean, DASHES[k % 4], marker=".", label=f" {model}")  # no legend shows a _model
         ax.fill_between(x, mean - spread, mean + spread, alpha=0.12)
     ax.set(xlabel="reward queries", ylabel=reward)
     ax.grid(alpha=0.3)

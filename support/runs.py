@@ -251,7 +251,7 @@ def parse(Config, doc, argv=None, sd=None):
     """flags.parse, where a run's own settings are the defaults behind --resume, and must stay."""
     config = flags.parse(Config, doc, argv, sd)
     if not config.resume:
-        Path(config.out).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows here
+        flags.make_folder(config.out)
         return config
     folder = config.resume
     if is_finished(folder):

@@ -105,7 +105,7 @@ def set_rate(optimizer, config, n):
 
 def processes():
     """N, the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank():
