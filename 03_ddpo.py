@@ -62,7 +62,7 @@ class Config(PolicyGradient):
     samples_per_prompt: int = 8  # pictures of each; the others' mean is the baseline
     updates_per_round: int = 2  # optimizer steps per round, K; 1 with --estimator sf
     learning_rate: float = 2e-4  # of AdamW
-    anneal: bool = True  # the learning rate falls to 0 in a straight line, round by round
+    anneal: bool = True  # the learning rate falls to 0 in a straight line
     max_grad_norm: float = 1000.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 0  # rank of LoRA; 0 trains all weights
     lora_targets: tuple[str, ...] = models.ATTENTION  # layers with adapters

@@ -43,7 +43,8 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
 }
-NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")  # if given
+# If they are given at all:
+NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
 

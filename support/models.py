@@ -130,8 +130,9 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         return pipe
-    wanted = ("a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors; a "
-              "single file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
+    wanted = ("a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors; "
+              "a single file: StableDiffusionPipeline.from_single_file(FILE)"
+              ".save_pretrained(FOLDER)")
     with source_of(model, "--model", wanted, "model_index.json") as (source, options):
         pipe = read_pipeline(source, options)
         check_pipeline(pipe)

@@ -127,7 +127,7 @@ class ImageRewardModel(nn.Module):
 
 
 def load_image_reward(file):
-    """ImageReward and its tokenizer: what is beside the file, or else the published sizes, BERT's."""
+    """ImageReward and its tokenizer: what is beside the file, or else the published sizes, BERT."""
     flag, wanted = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
     folder, config = Path(file).parent, PUBLISHED
     sizes = models.find(folder / "blip_config.json")
