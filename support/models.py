@@ -181,6 +181,8 @@ def check_pipeline(pipe):
         value = settings.get(name, allowed[0])
         if value not in allowed:
             raise ValueError(f"its {name} is {value}, with which a step would not be chapter 1's")
+    if not pipe.unet.config.sample_size:
+        raise ValueError("its UNet says no sample_size, so how large is a latent?")
 
 
 def set_timesteps(scheduler, num_steps):

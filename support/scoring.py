@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,7 +128,9 @@ PROCESS = (  # what code may change for the whole process: how to read it, and t
     (os.getcwd, os.chdir), (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, lambda _: torch.set_default_device(None)),
-    (torch.get_num_threads, torch.set_num_threads))
+    (torch.get_num_threads, torch.set_num_threads),
+    (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")))
 
 
 @contextmanager

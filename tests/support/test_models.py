@@ -144,7 +144,7 @@ def test_what_is_no_such_model_is_named_in_one_line(change, named, folder, monke
     (dict(addition_embed_type="text_time"), {}, "addition_embed_type"),
     (dict(class_embed_type="timestep"), {}, "class_embed_type"),
     (dict(in_channels=9), {}, "in_channels is 9"),
-    (dict(out_channels=8), {}, "out_channels is 8"),
+    (dict(out_channels=8), {}, "out_channels is 8"), (dict(sample_size=None), {}, "sample_size"),
     ({}, dict(prediction_type="flow"), "prediction_type"),
     ({}, dict(thresholding=True), "thresholding"), ({}, dict(clip_sample=True), "clip_sample"),
     ({}, dict(timestep_spacing="linspace"), "linspace")))

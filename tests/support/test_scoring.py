@@ -85,6 +85,7 @@ def change():
     torch.set_default_dtype(torch.float16)
     torch.set_default_device("meta")
     torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_autocast_enabled("cpu", not torch.is_autocast_enabled("cpu"))
     os.chdir("/")
 change()
 def f(images, prompts):
@@ -98,7 +99,8 @@ def f(images, prompts):
 def test_what_a_file_does_to_pictures_and_the_process_changes_no_training(file):
     def state():
         return (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(),
-                torch.get_default_device(), torch.get_num_threads())
+                torch.get_default_device(), torch.get_num_threads(),
+                torch.is_autocast_enabled("cpu"))
 
     before = state()
     file.write_text(CHANGES)
