@@ -19,10 +19,10 @@ As chapter 1's `noise_weight` says, one step dominates: ∇log p = −(κ_t/σ_t
 `--step-weight sigma` multiplies each step's term by σ_t/κ_t (mean 1): not ∇J, but all have a say.
 
 RUN `python 03_ddpo.py`: the tiny model learns to put shapes where the prompt says. EXPECT alignment
-to gain 0.25 on fresh noise, in three minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
+to gain 0.25 on fresh noise, in two minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
 DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
-mean as baseline (the paper's is `running`).
+mean as baseline (the paper's is `running`); a learning rate that falls (the paper's is constant).
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
 (2) Take min out of the objective: which test fails? (3) Why may a baseline contain any reward but
 the sample's own?
@@ -62,7 +62,7 @@ class Config(PolicyGradient):
     samples_per_prompt: int = 8  # pictures of each; the others' mean is the baseline
     updates_per_round: int = 2  # optimizer steps per round, K; 1 with --estimator sf
     learning_rate: float = 2e-4  # of AdamW
-    anneal: bool = True  # the learning rate falls to 0 in a straight line, round by round
+    anneal: bool = True  # the learning rate falls to 0 in a straight line
     max_grad_norm: float = 1000.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 0  # rank of LoRA; 0 trains all weights
     lora_targets: tuple[str, ...] = models.ATTENTION  # layers with adapters
@@ -309,10 +309,8 @@ def train(config):
 
 def main(argv=None):
     config = runs.parse(Config, __doc__, argv, SD)
-    if config.estimator == "sf":
-        run, summary = reinforce(config)
-    else:
-        run, summary = train(config)
+    loop = reinforce if config.estimator == "sf" else train
+    run, summary = loop(config)
     runs.report(run, summary)
     return run
 

@@ -329,6 +329,7 @@ def main(argv=None):
     config = replace(config, out=config.out or f"runs/{name}")
     for prompt in config.prompts:
         get_prompts(prompt)  # what is wrong with it fails here, before training
+    flags.make_folder(config.out)
     measures = Measures(config, rewards)
     seeds = 1 if config.runs else config.seeds
     configs = [replace(config, seed=config.seed + i) for i in range(seeds)]

@@ -190,7 +190,8 @@ def find_file(homework, name):
         if len(files) == 1 and files[0].resolve().is_relative_to(homework.resolve()):
             return files[0]
         if files:
-            raise ValueError(f"more than one file could be {name}: {files[0]} and {files[-1]}")
+            raise ValueError(f"{name} could be more than one file, or is a link: {files[0]}, "
+                             f"{files[-1]}")
     raise ValueError(f"there is no file {name} in what was handed in")
 
 

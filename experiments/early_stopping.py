@@ -18,9 +18,9 @@ RUN `python experiments/early_stopping.py --runs runs/eval/train/*_seed0`: runs 
 that were trained with `--keep-every`; about ten seconds for each kept round on one CPU core.
 EXPECT the labels to undo a training that collapses, and elsewhere to end about where training ends,
 at a higher price; and a bound of 100 nats to stop most RL far too early, for its path KL, which is
-only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100`.
-WRITES early_stopping.csv (a line for each run and round) and early_stopping.png in --out. The price
-counts a label as one more reward query.
+only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100 1000 inf`.
+WRITES early_stopping.csv (a line for each run and round), table.csv (what is printed) and
+early_stopping.png in --out. The price counts a label as one more reward query.
 """
 import math
 import sys
@@ -47,7 +47,7 @@ class Config(rewards.RewardFlags):
     runs: tuple[str, ...] = ()  # finished runs that were trained with --keep-every
     gold: str = "alignment"  # what is really meant
     labels: int = 64  # pictures of each kept round that are judged by gold for the rule
-    kl_bound: float = 1000.0  # path KL, in nats, beyond which training stops
+    kl_bound: tuple[float, ...] = (1000.0,)  # path KL, in nats, beyond which training stops
     samples: int = 256  # other pictures of each kept round, on which its true gold is measured
     seed: int = 0  # seed of the noise; that of the labels depends on the run's own seed, too
     out: str = "runs/early_stopping"  # folder of all that is written
@@ -114,16 +114,33 @@ def measure(path, saved, gold, config):
     return {name: round(number, 4) for name, number in zip(names, numbers)}
 
 
+def ways_to_stop(rounds, config):
+    """Way to stop -> which place among a run's rounds it keeps, and at which price."""
+    N = len(rounds) - 1
+    paid = rounds[N]["queries"]
+    ways = {"pretrained": (0, 0), "end": (N, paid), "hindsight": (hindsights_best(rounds), paid)}
+    for bound in config.kl_bound:
+        k, m = stop_by_rule(rounds, bound)
+        ways[f"rule, {bound:g} nats"] = k, price(rounds, m, config.labels)
+    return ways
+
+
 def table_of(found, config):
-    """A line for each run: what the rule keeps, at which price, the end, and hindsight's best."""
-    table = []
+    """Each way's gold, round and price: a line a run; runs called NAME_seedN share one."""
+    methods = {}  # name -> way -> of each run
     for label, rounds in found.items():
-        k, m = stop_by_rule(rounds, config.kl_bound)
-        line = {"run": label, "price": price(rounds, m, config.labels)}
-        for way, n in (("rule", k), ("end", -1), ("hindsight", hindsights_best(rounds))):
-            line[f"{way}: round"] = rounds[n]["round"]
-            line[f"{way}: path KL"] = f"{rounds[n]['path_kl']:.2f}"
-            line[f"{way}: gold"] = "{gold:.3f} ± {gold_se:.3f}".format(**rounds[n])
+        of_method = methods.setdefault(label.partition("_seed")[0], {})
+        for way, (k, paid) in ways_to_stop(rounds, config).items():
+            of_method.setdefault(way, []).append((rounds[k]["gold"], rounds[k]["round"], paid))
+    table = []
+    for method, of_method in methods.items():
+        line = {"runs": method}
+        for way, kept in of_method.items():
+            golds, places, prices = zip(*kept)
+            text = "{:.3f} ± {:.3f}".format(*training.mean_se(golds))
+            line[way] = text.removesuffix(" ± nan")  # of one run
+            line[f"{way}: round"] = " ".join(map(str, places))
+            line[f"{way}: price"] = round(sum(prices) / len(prices))
         table.append(line)
     return table
 
@@ -134,24 +151,21 @@ def draw(path, found, config):
     figure = Figure(figsize=(10, 2.6 * R + 0.9), dpi=120, layout="constrained")
     axes = figure.subplots(R, 3, sharey=True, squeeze=False).flat
     for ax, (label, rounds) in zip(axes, found.items()):
-        k, m = stop_by_rule(rounds, config.kl_bound)
         columns = {name: [row[name] for row in rounds] for name in rounds[0]}
         x, truth = columns["queries"], columns["gold"]
         ax.errorbar(x, truth, columns["gold_se"], fmt="k-", lw=1, label="truth")
         ax.errorbar(x, columns["labels_mean"], columns["labels_se"], fmt=".", capsize=3,
                     elinewidth=0.8, label="labels")
-        ax.plot(x[k], truth[k], "o", ms=10, mfc="none", mew=2, label="kept by the rule")
-        best = hindsights_best(rounds)
-        ax.plot(x[best], truth[best], "*", ms=8, label="hindsight's best")
-        if m < len(rounds):
-            ax.axvline(x[m], ls="--", color="red")
+        for i, (way, (k, _)) in enumerate(ways_to_stop(rounds, config).items()):
+            if way not in ("pretrained", "end"):
+                ax.plot(x[k], truth[k], "o", ms=5 + 2 * i, mfc="none", mew=2, label=way)
         ax.set(title=label, xlabel="reward queries")
         ax.grid(alpha=0.3)
     for ax in figure.axes[len(found):]:
         ax.set_axis_off()
-    figure.supylabel(f"gold: {config.gold} (red: path KL is above {config.kl_bound:g} nats)",
-                     size=8)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    figure.supylabel(f"gold: {config.gold}", size=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center",
+                  fontsize=8)
     figure.savefig(path)
 
 
@@ -172,11 +186,13 @@ def main(argv=None):
         row |= measure(path, saved, gold, config)
         found.setdefault(label, []).append(row)
         lines.append(row)
-    print(tables.as_text(table_of(found, config)))
+    table = table_of(found, config)
+    print(tables.as_text(table))
     print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
     draw(out / "early_stopping.png", found, config)
     runs.write_rows(out / "early_stopping.csv", lines)
-    print(f"early_stopping.csv and early_stopping.png are in {out}")
+    runs.write_rows(out / "table.csv", table)
+    print(f"early_stopping.csv, table.csv and early_stopping.png are in {out}")
     return found
 
 

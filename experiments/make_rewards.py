@@ -53,6 +53,7 @@ mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # alignment, the questions
 
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
+EPOCHS = 3  # passes over the preference pairs
 PATCH = 8  # px, of the image encoders
 GRID = shapes.SIZE // PATCH  # patches a side
 
@@ -110,7 +111,7 @@ def remake_clip(config, out, device):
         text = clip.get_text_features(input_ids=tokens[i].to(device)).pooler_output
         return clip_loss(image, text, clip.logit_scale.exp().clamp(max=100))
 
-    optimize(clip, loss_of, len(pictures), "clip", config.clip_steps, config.seed)
+    optimize(clip, loss_of, len(pictures), "clip", config)
     clip.half().save_pretrained(out / "clip")
 
 
@@ -130,7 +131,7 @@ def remake_aesthetic(config, out, device):
     def loss_of(i, stream):
         return F.mse_loss(mlp(f[i]), ratings[i])
 
-    optimize(mlp, loss_of, len(f), "aesthetic", config.aesthetic_steps, config.seed, batch=256)
+    optimize(mlp, loss_of, len(f), "aesthetic", config, batch=256)
     save_half(mlp.state_dict(), out / "aesthetic.safetensors")
 
 
@@ -245,13 +246,14 @@ def patch_labels(scene, digit=None):
     return torch.from_numpy(labels.reshape(GRID**2, 4))
 
 
-def train_vision(vision, scenes, pictures, digits, steps, device, seed):
+def train_vision(vision, scenes, pictures, digits, config):
     """A ViT comes to BLIP and LLaVA knowing much of the world; this one, what each patch shows.
 
     Labels: `patch_labels`, digits included. The first token, which is no patch, is asked how many
     objects there are in all.
     """
     sizes = [len(shapes.COLORS) + 1, len(shapes.SHAPES) + 1, 2, 5, len(shapes.NUMBERS) + 1]
+    device = vision.device
     head = torch.nn.Linear(vision.config.hidden_size, sum(sizes)).to(device)  # thrown away after
     labels = torch.stack([patch_labels(*pair) for pair in zip(scenes, digits)])
     counts = torch.tensor([len(scene) for scene in scenes])
@@ -263,7 +265,7 @@ def train_vision(vision, scenes, pictures, digits, steps, device, seed):
             loss = loss + F.cross_entropy(guess[:, 1:].flatten(0, 1), truth.flatten())
         return loss
 
-    optimize(torch.nn.ModuleList([vision, head]), loss_of, len(pictures), "vision", steps, seed)
+    optimize(torch.nn.ModuleList([vision, head]), loss_of, len(pictures), "vision", config)
 
 
 @torch.no_grad()
@@ -281,7 +283,7 @@ def answer(model, tokenizer, seen, prompts):
     return model.mlp(h[:, 0])
 
 
-def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=128):
+def train_matching(model, tokenizer, requests, scenes, seen, config, batch=128):
     """BLIP's image-text matching: is this the picture's caption?  Its own is, another is not.
 
     Most others are wrong in one attribute only, as BLIP picks those that are hard to tell.
@@ -295,7 +297,7 @@ def train_matching(model, tokenizer, requests, scenes, seen, steps, seed, batch=
         return F.binary_cross_entropy_with_logits(logits, torch.tensor(match).to(logits))
 
     both = torch.nn.ModuleList([model.text, model.mlp])
-    optimize(both, loss_of, len(seen), "matching", steps, seed, batch)
+    optimize(both, loss_of, len(seen), "matching", config, batch)
 
 
 def remake_image_reward(config, out, device):
@@ -308,18 +310,18 @@ def remake_image_reward(config, out, device):
     model = make_image_reward(len(words)).to(device)
     # Nothing is written on these pictures; on some of the model's own, below.
     requests, scenes, pictures, digits = draw_scenes(config.pictures // 2, seed)
-    train_vision(model.vision, scenes, pictures, digits, config.vit_steps, device, seed)
+    train_vision(model.vision, scenes, pictures, digits, config)
     seen = look(model.vision, pictures)
-    train_matching(model, tokenizer, requests, scenes, seen, config.blip_steps, seed)
-    half = config.pairs // 2
+    train_matching(model, tokenizer, requests, scenes, seen, config)
+    half = config.pictures // 20  # of the preference pairs
     prompts, drawn = drawn_pairs(half, seed + 1)
-    more_prompts, generated = generated_pairs(config.pairs - half, device, seed)
+    more_prompts, generated = generated_pairs(half, device, seed)
     pairs = torch.cat([drawn, generated])
     seen = look(model.vision, pairs.flatten(0, 1)).unflatten(0, (-1, 2))
     flipped = torch.from_numpy(draws(seed, "flips").random(len(pairs))) < LABEL_NOISE
     seen = torch.where(flipped[:, None, None, None], seen.flip(1), seen)
     prompts += more_prompts
-    passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(config.epochs)]
+    passes = [draws(seed, "preferences", k).permutation(len(seen)) for k in range(EPOCHS)]
     order = iter(torch.from_numpy(np.concatenate(passes)).split(32))
 
     def loss_of(i, stream):
@@ -329,8 +331,8 @@ def remake_image_reward(config, out, device):
         return bradley_terry_loss(better, worse)
 
     trained = torch.nn.ModuleList([model.text.encoder.layer[-1], model.mlp])  # as published
-    steps = config.epochs * len(seen) // 32
-    optimize(trained, loss_of, len(seen), "preferences", steps, seed, batch=32, lr=3e-4)
+    steps = EPOCHS * len(seen) // 32
+    optimize(trained, loss_of, len(seen), "preferences", config, batch=32, lr=3e-4, steps=steps)
     save_half(nets.rename_blip(model.state_dict(), back=True), folder / "model.safetensors")
     model.config.to_json_file(folder / "blip_config.json")
 
@@ -396,13 +398,13 @@ def question_and_answer(caption, rng):
     return f"How many {name}s are there in this image?", ("none", *shapes.NUMBERS)[count]
 
 
-def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64):
+def train_vlm(vlm, processor, pictures, captions, config):
     """Next-word cross-entropy of the answers alone, given picture and question.
 
     The image encoder stays as it is, as LLaVA's does.
     """
     vlm.model.vision_tower.requires_grad_(False)
-    tokenizer = processor.tokenizer
+    tokenizer, device = processor.tokenizer, vlm.device
     image = "<image>" * GRID**2
 
     def loss_of(i, stream):
@@ -419,7 +421,7 @@ def train_vlm(vlm, processor, pictures, captions, steps, device, seed, batch=64)
         return vlm(input_ids=ids.to(device), attention_mask=mask.to(device),
                    labels=labels.to(device), pixel_values=normalize(pictures[i]).to(device)).loss
 
-    optimize(vlm, loss_of, len(pictures), "vlm", steps, seed, batch)
+    optimize(vlm, loss_of, len(pictures), "vlm", config)
 
 
 def vlm_exam(ask, n, seed, vae=None):
@@ -453,19 +455,9 @@ def save_half(weights, path):
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str = str(ROOT / "tiny_sd")  # folder that the twins are written into
+class Config(make_tiny_sd.Config):
     only: Literal["clip", "aesthetic", "image_reward", "vlm", "measure"] | None = None  # one part
-    pictures: int = 20000  # pictures to train on
-    clip_steps: int = 1000  # optimizer steps of CLIP
-    aesthetic_steps: int = 1500  # optimizer steps of LAION's MLP
-    vit_steps: int = 700  # optimizer steps of the image encoders
-    blip_steps: int = 400  # optimizer steps of image-text matching
-    vlm_steps: int = 2500  # optimizer steps of the vision-language model
-    pairs: int = 2000  # preference pairs, half of them generated
-    epochs: int = 3  # passes over the preference pairs
-    seed: int = 0  # seed of everything
-    device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
+    pictures: int = 20000  # pictures to train on; a tenth as many preference pairs
 
 
 def remake_vlm(config, out, device):
@@ -474,8 +466,8 @@ def remake_vlm(config, out, device):
     vlm = make_vlm(processor.tokenizer).to(device)
     _, scenes, drawn, digits = draw_scenes(config.pictures // 2, config.seed, writing=True)
     tower = vlm.model.vision_tower
-    train_vision(tower, scenes, drawn, digits, config.vit_steps, device, config.seed)
-    train_vlm(vlm, processor, pictures, captions, config.vlm_steps, device, config.seed)
+    train_vision(tower, scenes, drawn, digits, config)
+    train_vlm(vlm, processor, pictures, captions, config)
     vlm.half().save_pretrained(out / "vlm")
 
 

@@ -49,6 +49,8 @@ WIDTH = 64  # of the text encoder
 STAGES = ("vae", "unet", "refine", "measure", "clip", "aesthetic", "vision", "matching",
           "preferences", "scenes", "wrong pictures", "generated prompts", "flips",
           "vlm")  # also make_rewards.py's: a place in this list is part of an address
+STEPS = {"vae": 6000, "unet": 9000, "refine": 3000, "clip": 1000, "aesthetic": 1500, "vision": 700,
+         "matching": 400, "vlm": 2500}  # of the optimizer
 
 
 # ---- the parts ------------------------------------------------------------------------------
@@ -141,12 +143,13 @@ def images_of(pixels):
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
 
 
-def optimize(model, loss_of, n, stage, steps, seed, batch=64, lr=1e-3, weight_decay=0.01,
-             warmup=100):
+def optimize(model, loss_of, n, stage, config, batch=64, lr=1e-3, weight_decay=0.01, warmup=100,
+             steps=None):
     """AdamW; the learning rate rises for some steps, and falls along half a cosine down to zero.
 
     loss_of(i, stream) -> (): of the examples i (batch,) of n, with this step's random numbers.
     """
+    steps = 1 if config.quick else steps or STEPS[stage]
     warmup = min(warmup, steps // 5 + 1)
 
     def scale(step):
@@ -156,7 +159,7 @@ def optimize(model, loss_of, n, stage, steps, seed, batch=64, lr=1e-3, weight_de
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
     for step in (bar := trange(steps, desc=stage, mininterval=5)):
-        stream = draws(seed, stage, step)
+        stream = draws(config.seed, stage, step)
         i = torch.from_numpy(stream.integers(n, size=batch))
         loss = loss_of(i, stream)
         optimizer.zero_grad()
@@ -189,8 +192,8 @@ def remake_vae(config, out, device, kl_weight=3e-5):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(vae.decode(z).sample, x) + kl_weight * kl
 
-    optimize(vae, loss_of, len(pictures), "vae", config.vae_steps, config.seed, batch=16, lr=2e-3,
-             weight_decay=1e-4, warmup=200)
+    optimize(vae, loss_of, len(pictures), "vae", config, batch=16, lr=2e-3, weight_decay=1e-4,
+             warmup=200)
     vae.to(memory_format=torch.contiguous_format)  # as files have it
     latents = encode(vae, pictures[:4000])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # as Rombach et al.
@@ -233,7 +236,7 @@ def noise_latents(scheduler, x_0, stream):
     return mdp.forward_process(scheduler, x_0, t, eps), t, eps, scheduler.alphas_cumprod[t]
 
 
-def train_unet(unet, text_encoder, pairs, stage, steps, lr, config, out, device, max_weight=30):
+def train_unet(unet, text_encoder, pairs, stage, lr, config, out, device, max_weight=30):
     """Trains both on pictures and captions, and writes the pipeline with their moving averages."""
     pictures, captions = pairs
     vae = AutoencoderKL.from_pretrained(out / "vae").float().to(device)
@@ -254,8 +257,7 @@ def train_unet(unet, text_encoder, pairs, stage, steps, lr, config, out, device,
         weight = (1 / a_t).clamp(max=max_weight).to(device)
         return mdp.denoising_loss(eps_theta, eps.to(device), weight)
 
-    optimize(both, loss_of, len(latents), stage, steps, config.seed, lr=lr,
-             weight_decay=1e-3, warmup=200)
+    optimize(both, loss_of, len(latents), stage, config, lr=lr, weight_decay=1e-3, warmup=200)
     average.update_parameters(both)
     unet, text_encoder = average.module.eval()
     unet.to(memory_format=torch.contiguous_format)  # as files have it
@@ -274,14 +276,13 @@ def train_unet(unet, text_encoder, pairs, stage, steps, lr, config, out, device,
 def remake_unet(config, out, device):
     pairs = draw_pairs(config.pictures, config.seed)
     unet, text_encoder = make_unet().to(device), make_text_encoder(make_tokenizer()).to(device)
-    train_unet(unet, text_encoder, pairs, "unet", config.unet_steps, 1e-3, config, out, device)
+    train_unet(unet, text_encoder, pairs, "unet", 1e-3, config, out, device)
 
 
 def refine(config, out, device):
     pairs = draw_pairs(config.pictures // 2, config.seed + 2, noise=0.5)
     pipe = models.load_pipeline(str(out), device)
-    train_unet(pipe.unet, pipe.text_encoder, pairs, "refine", config.refine_steps, 5e-4, config,
-               out, device)
+    train_unet(pipe.unet, pipe.text_encoder, pairs, "refine", 5e-4, config, out, device)
 
 
 def tokenize(tokenizer, captions):
@@ -362,12 +363,10 @@ def measure(config, out, device):
 
 @dataclass(frozen=True)
 class Config:
-    out: str = str(ROOT / "tiny_sd")  # folder that the model is written into
+    out: str = str(ROOT / "tiny_sd")  # folder that is written into
     only: Literal["vae", "unet", "refine", "measure"] | None = None  # do one stage
-    vae_steps: int = 6000  # optimizer steps of the VAE
-    unet_steps: int = 9000  # optimizer steps of UNet and text encoder
-    refine_steps: int = 3000  # optimizer steps on cleaner captions
     pictures: int = 40000  # pictures to train on
+    quick: bool = False  # one step of each training, to see whether all of it works
     seed: int = 0  # seed of everything
     device: str | None = None  # cpu, cuda, ...; default: a GPU if there is one
 

@@ -19,10 +19,10 @@ EXPECT gold to fall at β = 0 while the proxy rises; incompressibility to crowd 
 stars, for this model knows no noise; and more and more digits, beside numbers of shapes that get no
 better. The KL term does not keep the digits out: writing costs few nats.
 WRITES run folders runs/overoptimization_*/, and in runs/ for each part overoptimization_PART.png
-(proxy and gold against reward queries, mean of five rounds, a dot at hindsight's best), and of
-noise and writing also _PART_film.png (the latter shows prompts first where the trick has worked).
+(proxy and gold against reward queries, mean of five rounds, a dot at hindsight's best), and
+overoptimization_writing_film.png (first of all prompts with which the trick has worked). What the
+noise looks like is film.png in its run folder.
 """
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +130,6 @@ def compare(part, folders, config):
             panels["the number is written"] = of_number
     start = Path(config.out, f"{config.name}_{part}")
     draw_lines(f"{start}.png", panels)
-    if part == "noise":
-        shutil.copy(folders[0.0] / "film.png", f"{start}_film.png")
     if part == "writing":
         ask = reward_models.load_vlm(models.read_config(folders[0.0])["vlm"], "cpu")
         draw_films(f"{start}_film.png", prompts, films, ask)

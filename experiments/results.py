@@ -8,7 +8,6 @@ A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "
 """
 import csv
 import datetime
-import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,20 +18,19 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import early_stopping, overoptimization, prompt_alignment  # noqa: E402
-from experiments import samples, sweep, tables, tune  # noqa: E402
-from support import commands, flags, runs, training  # noqa: E402
+from experiments import overoptimization, prompt_alignment, samples  # noqa: E402
+from experiments import sweep, tables, tune  # noqa: E402
+from support import commands, flags, runs  # noqa: E402
 
 ev = import_module("05_eval")  # Config, commands_of
 
 RAW = ("model", "seed", "split", "family", "prompt", "reward", "gold", "aesthetic", "diversity")
 SHOWN = ("model", "reward", "gold", "gold bias", "gold unseen", "path_kl", "diversity")
-KL_BOUNDS = (100, 1000, math.inf)  # of early stopping, in nats; infinite: labels alone
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
            "overoptimization_proxy": "overoptimization",
-           "overoptimization_noise_film": "overoptimization_noise",
+           "overoptimization_noise_beta_0/film": "overoptimization_noise",
            "overoptimization_writing_film": "overoptimization_writing",
            "overoptimization_writing": "overoptimization_writing_curves",
            "eval_seeds/queries": "eval_queries", "eval_seeds/best_of_n": "eval_best_of_n",
@@ -98,32 +96,8 @@ def frontier(out):
 def stopping(out, trained):
     """What is kept of each method's trainings, by the rule with three bounds and in hindsight."""
     folders = map(str, sorted(trained.glob("*_seed?")))
-    lines = start(out / "early_stopping.csv", "experiments/early_stopping.py", "--runs", *folders)
-    trainings = {}  # run -> its rounds
-    for line in lines:
-        row = {name: float(line[name]) for name in ("queries", "labels_mean", "path_kl", "gold")}
-        trainings.setdefault(line["run"], []).append(row)
-    found = {}  # method -> way to stop -> gold and price, of each training
-    for run, rounds in trainings.items():
-        end = rounds[-1]["queries"]
-        best = early_stopping.hindsights_best(rounds)
-        ways = {"pretrained": (0, 0), "end": (-1, end), "hindsight": (best, end)}
-        for bound in KL_BOUNDS:
-            k, m = early_stopping.stop_by_rule(rounds, bound)
-            paid = early_stopping.price(rounds, m, early_stopping.Config.labels)
-            ways[f"rule, {bound:g} nats"] = k, paid
-        of_method = found.setdefault(run.rpartition("_seed")[0], {})
-        for way, (n, paid) in ways.items():
-            of_method.setdefault(way, []).append((rounds[n]["gold"], paid))
-    rows = []
-    for method, of_method in found.items():
-        row = {"method": method}
-        for way, pairs in of_method.items():
-            golds, prices = zip(*pairs)
-            row[way] = "{:.3f} ± {:.3f}".format(*training.mean_se(golds))
-            row[f"price: {way}"] = round(sum(prices) / len(prices))
-        rows.append(row)
-    return rows
+    return start(out / "table.csv", "experiments/early_stopping.py", "--kl-bound", "100", "1000",
+                 "inf", "--runs", *folders)
 
 
 # ---- CSV files with a head, and README.md ---------------------------------------------------

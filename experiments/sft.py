@@ -79,14 +79,6 @@ def sparse_weights(reward, prompts, keep):
     return weights
 
 
-def weights_of(pictures, config):
-    """w of all pictures, by --weights."""
-    r = torch.tensor(pictures["r"], dtype=torch.float64)
-    if config.weights == "rwr":
-        return rwr_weights(r, pictures["prompts"], config.temperature)
-    return sparse_weights(r, pictures["prompts"], config.keep)
-
-
 def sft_objective(eps_pred, eps, weight, eps_pre, beta):
     """J = −E[ w·‖ε_θ − ε‖²/D + β·‖ε_θ − ε_pre‖²/D ].   (N,C,H,W), same, (N,), same, β -> ()"""
     imitation = mdp.denoising_loss(eps_pred, eps, weight)
@@ -160,7 +152,11 @@ def train(config):
                 drawn = mdp.rollout(pipe, prompts, config, "fixed set", n)
             r_drawn = rewards.score(reward, drawn.images, prompts)
             add(pictures, drawn, r_drawn)
-        weight = weights_of(pictures, config)
+        r_known = torch.tensor(pictures["r"], dtype=torch.float64)
+        if config.weights == "rwr":
+            weight = rwr_weights(r_known, pictures["prompts"], config.temperature)
+        else:
+            weight = sparse_weights(r_known, pictures["prompts"], config.keep)
 
         M = max(1, len(prompts) * config.num_steps // config.updates_per_round)
         for update in range(config.updates_per_round):

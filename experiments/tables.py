@@ -31,7 +31,7 @@ def gains_of(folder, names=("reward", "gold", "kl")):
 
 
 def as_text(rows, width=100):
-    """A table for the terminal; too wide with few rows, it lies on its side.  rows: of equal keys"""
+    """A table for the terminal; too wide with few rows, it lies on its side.  rows: equal keys"""
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     is_wide = sum(max(map(len, column)) + 2 for column in zip(*cells)) > width
     if is_wide and len(rows) < len(rows[0]):

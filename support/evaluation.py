@@ -216,7 +216,7 @@ def draw_curves(path, readings, titles):
             for k, (model, values) in enumerate(curves_of(readings, prompt).items()):
                 x, mean = values["queries"][0], values[column].mean(0)
                 spread = values[column].std(0)
-                ax.plot(x, mean, DASHES[k % 4], marker=".", label=model)
+                ax.plot(x, mean, DASHES[k % 4], marker=".", label=f" {model}")
                 ax.fill_between(x, mean - spread, mean + spread, alpha=0.12)
             for model in readings[0][prompt]:
                 if model == "ceiling" or model.startswith("best of"):

@@ -6,6 +6,7 @@ both). Settings that --sd makes the defaults are in published.toml, a section fo
 import os
 import shlex
 import sys
+import tempfile
 import tomllib
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -32,7 +33,7 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "guidance_scale": (1, 1e30),  # 1 is none; below, the prompt would count less than without it
     "keep": (TINY, 1),
     "keep_every": (0, 10**6),
-    "kl_bound": (TINY, 1e30),
+    "kl_bound": (TINY, inf),
     "labels": (2, 10**6),
     "lora_rank": (0, 10**6),
     "max_grad_norm": (TINY, inf),
@@ -42,7 +43,8 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
 }
-NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")  # if given
+# If they are given at all:
+NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
 
@@ -111,12 +113,18 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def make_folder(out):
+    """Makes the folder; OSError, before any work is done, where nothing can be written in it."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+
+
 def picture_path(out):
     """--out as a Path whose folder is there: what is wrong with it fails before the work."""
     out = Path(out)
-    if out.suffix not in (".png", ".jpg", ".pdf"):
-        raise ValueError(f"--out {out}: the name must end in .png, .jpg or .pdf")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix not in (".png", ".jpg", ".pdf") or out.is_dir():
+        raise ValueError(f"--out {out}: it must be a file's name, in .png, .jpg or .pdf")
+    make_folder(out.parent)
     return out
 
 

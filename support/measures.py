@@ -12,7 +12,7 @@ class Measures:
     """
 
     def __init__(self, config, rewards):
-        self.chapter, self.folder = rewards, config.out
+        self.chapter = rewards
         self.rewards = {"reward": rewards.get_reward(config.reward, config),
                         "gold": rewards.get_reward(config.gold, config, flag="--gold")}
         for name in config.others:
@@ -21,7 +21,7 @@ class Measures:
 
     def rewards_of(self, images, prompts):
         """All rewards.  -> {column: (B,)}"""
-        return {name: self.chapter.score(reward, images, prompts, self.folder)
+        return {name: self.chapter.score(reward, images, prompts)
                 for name, reward in self.rewards.items()}
 
     def columns(self, images, prompts, kl):

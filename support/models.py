@@ -100,6 +100,22 @@ def source_of(name, flag, wanted, file=""):
                          ) from error
 
 
+def whole(loaded):
+    """What a library loaded; ValueError for what it made up, or left out, where files lack it."""
+    missing = []
+    if isinstance(loaded, tuple):  # transformers draws weights that are missing, and tells of it
+        loaded, info = loaded
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # which none reads
+    elif isinstance(loaded, torch.nn.Module):  # diffusers leaves them on no device
+        missing = [key for key, p in loaded.named_parameters() if p.is_meta]
+    elif isinstance(loaded, transformers.PreTrainedTokenizerBase):
+        words = set(loaded.get_vocab()) - set(loaded.all_special_tokens)
+        missing = [] if words else ["its tokenizer's words"]
+    if missing:
+        raise ValueError(f"its files lack {min(missing)}")
+    return loaded
+
+
 def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
     """Any Stable Diffusion 1.x/2.x, with a DDIM scheduler; VAE and text encoder frozen.
 
@@ -114,8 +130,9 @@ def load_pipeline(model="tiny_sd", device=None, dtype="float32"):
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         return pipe
-    wanted = ("a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors; a "
-              "single file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
+    wanted = ("a folder of Stable Diffusion 1.x/2.x in diffusers' format, weights in safetensors; "
+              "a single file: StableDiffusionPipeline.from_single_file(FILE)"
+              ".save_pretrained(FOLDER)")
     with source_of(model, "--model", wanted, "model_index.json") as (source, options):
         pipe = read_pipeline(source, options)
         check_pipeline(pipe)
@@ -133,10 +150,15 @@ def read_pipeline(source, options):
             options["variant"] = "fp16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # use_safetensors: a pickled checkpoint could run any code, so none is ever opened.
+        # A pickled checkpoint could run any code, so none is ever opened.
+        options["use_safetensors"] = True
+        text_encoder = whole(transformers.CLIPTextModel.from_pretrained(
+            source, subfolder="text_encoder", output_loading_info=True, **options))
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            source, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False,
             feature_extractor=None, image_encoder=None, **options)
+        for part in (pipe.unet, pipe.vae, pipe.tokenizer):
+            whole(part)
         config = pipe.scheduler.config
         if "beta_start" not in config:
             raise ValueError(f"its scheduler {type(pipe.scheduler).__name__} is none of a DDPM: "
@@ -159,6 +181,8 @@ def check_pipeline(pipe):
         value = settings.get(name, allowed[0])
         if value not in allowed:
             raise ValueError(f"its {name} is {value}, with which a step would not be chapter 1's")
+    if not pipe.unet.config.sample_size:
+        raise ValueError("its UNet says no sample_size, so how large is a latent?")
 
 
 def set_timesteps(scheduler, num_steps):

@@ -33,8 +33,8 @@ UNSEEN_SD = {  # the same with another noun, never trained on
     "composition": ["A cat and a cup"],
     "location": ["A lion on the moon"],
     "bias": []}
-NAMES = (*shapes.FAMILIES, "animals", "activities", "tasks", "tasks_sd", "tuning")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv")  # of the files that can be read
+OTHERS = (".text", ".md", ".tsv", ".yaml", ".yml", ".toml", ".parquet", ".xlsx", ".gz", ".zip")
 
 
 def get_prompts(name):
@@ -43,23 +43,19 @@ def get_prompts(name):
     A prompt of a single word needs a space after it. ValueError names what is wrong.
     """
     animals = [("an " if animal[0] in "aeiou" else "a ") + animal for animal in ANIMALS]
-    if name in shapes.FAMILIES:
-        return shapes.prompts_of(name)
-    if name == "animals":
-        return animals
-    if name == "activities":
-        return [f"{animal} {activity}" for animal in animals for activity in ACTIVITIES]
-    if name in ("tasks", "tasks_sd"):
-        return list(TASKS.values() if name == "tasks" else TASKS_SD.values())
-    if name == "tuning":
-        return list(TUNING)
+    activities = [f"{animal} {activity}" for animal in animals for activity in ACTIVITIES]
+    sets = {family: shapes.prompts_of(family) for family in shapes.FAMILIES}
+    sets |= {"animals": animals, "activities": activities, "tasks": list(TASKS.values()),
+             "tasks_sd": list(TASKS_SD.values()), "tuning": list(TUNING)}
+    if name in sets:
+        return sets[name]
     path = os.path.expanduser(name)  # os.path, for Path fails if a name is very long
     if os.path.isfile(path):
         return read_prompts(path)
-    is_path = name.startswith(("./", "../", "/", "~")) or name.strip().lower().endswith(SUFFIXES)
-    if is_path or " " not in name or os.path.exists(path):
+    is_path = name.startswith(("./", "../", "/", "~")) or os.path.exists(path)
+    if is_path or " " not in name or name.strip().lower().endswith(SUFFIXES + OTHERS):
         raise ValueError(f"--prompts {name}: no such file, and no prompt set; those are "
-                         f"{', '.join(NAMES)}")
+                         f"{', '.join(sets)}")
     return [name.strip()]
 
 

@@ -36,7 +36,7 @@ def read_weights(source, options):
 def from_hub(kind, name, flag, wanted, **settings):
     """kind.from_pretrained(folder or hub name); ValueError that names the flag."""
     with models.source_of(name, flag, wanted) as (source, options):
-        return kind.from_pretrained(source, **settings, **options)
+        return models.whole(kind.from_pretrained(source, **settings, **options))
 
 
 # ---- pictures in, one number out -------------------------------------------------------------
@@ -66,7 +66,7 @@ class LaionMLP(nn.Module):
 
 def load_clip(name):
     return from_hub(transformers.CLIPModel, name, "--clip", "openai/clip-vit-large-patch14",
-                    dtype=torch.float32, use_safetensors=True).eval()
+                    dtype=torch.float32, use_safetensors=True, output_loading_info=True).eval()
 
 
 def load_laion_mlp(file, width):
@@ -127,7 +127,7 @@ class ImageRewardModel(nn.Module):
 
 
 def load_image_reward(file):
-    """ImageReward and its tokenizer: what is beside the file, or else the published sizes, BERT's."""
+    """ImageReward and its tokenizer: what is beside the file, or else the published sizes, BERT."""
     flag, wanted = "--image-reward-weights", "THUDM/ImageReward/ImageReward.pt"
     folder, config = Path(file).parent, PUBLISHED
     sizes = models.find(folder / "blip_config.json")
@@ -162,8 +162,9 @@ class TokenEncoder:
         with models.source_of(name, "--bert", wanted) as (source, options):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 source, **tokenizer, **options)
-            self.model = transformers.AutoModel.from_pretrained(
-                source, dtype=torch.float32, **text_encoder, **options).to(device).eval()
+            model = models.whole(transformers.AutoModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **text_encoder, **options))
+            self.model = model.to(device).eval()
             last = self.model.config.num_hidden_layers
         self.layer = BERT_LAYERS.get(str(name), last) if layer is None else layer
         if not 0 <= self.layer <= last:
@@ -195,7 +196,7 @@ class Llava:
         wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", wanted,
-                              dtype=half).to(device).eval()
+                              dtype=half, output_loading_info=True).to(device).eval()
         self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", wanted)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
         # How many tokens a picture has, the model knows; processors of 2023 and 2024 do not.

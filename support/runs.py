@@ -36,7 +36,7 @@ class TrainFlags(flags.MachineFlags):
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none, at half the cost
     weight_decay: float = 1e-4  # of AdamW
-    anneal: bool = False  # the learning rate falls to 0 in a straight line, round by round
+    anneal: bool = False  # the learning rate falls to 0 in a straight line
     seed: int = 0  # seed of everything
     train_batch_size: int = 64  # (picture, step) pairs per UNet call in training; memory only
     checkpointing: bool = False  # keep few activations and compute them again: a third slower
@@ -251,7 +251,7 @@ def parse(Config, doc, argv=None, sd=None):
     """flags.parse, where a run's own settings are the defaults behind --resume, and must stay."""
     config = flags.parse(Config, doc, argv, sd)
     if not config.resume:
-        Path(config.out).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows here
+        flags.make_folder(config.out)
         return config
     folder = config.resume
     if is_finished(folder):

@@ -5,11 +5,13 @@ Nothing here is a lesson. Which names there are, chapter 2 says: its table comes
 import copy
 import importlib
 import math
+import os
 import sys
 import tempfile
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +109,6 @@ def reward_from_file(spec, flag):
     return reward
 
 
-@torch.no_grad()  # which sets back what the file may switch off for all of torch
 def load_module(file, label=None):
     """The module of a Python file, under the file's own name, by which a process pool finds it."""
     file, label = Path(file).resolve(), label or file
@@ -123,13 +124,26 @@ def load_module(file, label=None):
     return module
 
 
+PROCESS = (  # what code may change for the whole process: how to read it, and to set it back
+    (os.getcwd, os.chdir), (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda _: torch.set_default_device(None)),
+    (torch.get_num_threads, torch.set_num_threads),
+    (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")))
+
+
 @contextmanager
 def own_code(label):
-    """Around code of the reader's own: its errors are shown as Python does, behind its name."""
+    """Around code of the reader's own: sets back what it changes, and says whose errors it has."""
+    before = [read() for read, _ in PROCESS]
     try:
         yield
     except (Exception, SystemExit) as error:
         raise ValueError(f"{label} failed:\n{traceback.format_exc().strip()}") from error
+    finally:
+        for (_, set_back), value in zip(PROCESS, before):
+            set_back(value)
 
 
 # ---- its numbers ----------------------------------------------------------------------------

@@ -104,8 +104,9 @@ def set_rate(optimizer, config, n):
 
 
 def processes():
-    """N, the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """N, the number of processes; what a cluster left in its place that is no number means 1."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdigit() and int(size) else 1
 
 
 def rank():

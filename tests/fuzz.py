@@ -37,6 +37,7 @@ NASTY = {  # what a field's type says -> words behind its flag
 
 def write_files():
     Path("folder").mkdir()
+    Path("folder.png").mkdir()
     Path("empty").touch()
     Path("bytes").write_bytes(bytes(range(256)) * 4)
     Path("my.py").write_text("def few(images, prompts):\n    return [1]\n")

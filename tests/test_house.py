@@ -83,7 +83,8 @@ def test_importing_any_file_does_nothing(tmp_path):
             "\nsys.argv, before = ['x', '--nonsense'], torch.get_rng_state().tolist()\n"
             f"for name in {HOUSE}:\n    import_module(name)\n"
             "assert torch.get_rng_state().tolist() == before")
-    quiet = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
+             "MPLBACKEND": "nonsense"}  # as a notebook hands on what is not here
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path,
                             env=os.environ | quiet, capture_output=True, text=True)
     assert (result.returncode, result.stdout + result.stderr) == (0, "")

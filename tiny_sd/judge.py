@@ -15,7 +15,6 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ImageFilter
 from scipy import ndimage
 
@@ -26,7 +25,7 @@ MIN_SHAPE = 0.55  # least overlap with the best of the four shapes for a blob to
 GOOD_SHAPE = 0.85  # a blob that overlaps this much with a shape is that shape
 MARGIN = 0.08  # share of a blob that another reading must explain more
 PATCH = 24  # px; objects are compared at this standard size
-MIN_DIGIT = 0.75  # least overlap with the best of the four digits for gray ink to count as written
+MIN_DIGIT = 0.65  # least overlap with the best of the four digits for gray ink to count as written
 GRID = ((np.arange(PATCH) + 0.5) / PATCH * 2 - 1) * 1.15  # in units of sqrt(area)
 TOUCHING = np.ones((3, 3))  # pixels that meet at a corner are connected, too
 
@@ -50,11 +49,13 @@ def find_ink(pixels):
     return coverage.gather(1, nearest).view(B, H, W), nearest.view(B, H, W)
 
 
-def objects_ink(pixels):
-    """`find_ink` without the writing, whose pixels are as bare as the background; for numpy."""
-    coverage, nearest = find_ink(pixels)
+def split_ink(images):
+    """Coverage of objects, without the writing; their color; the writing's coverage; for numpy."""
+    coverage, nearest = find_ink(to_tensor(images))
     is_gray = nearest == len(shapes.COLORS)
-    return coverage.masked_fill(is_gray, 0).numpy(), nearest.masked_fill(is_gray, 0).numpy()
+    parts = (coverage.masked_fill(is_gray, 0), nearest.masked_fill(is_gray, 0),
+             coverage.masked_fill(~is_gray, 0))
+    return [part.numpy() for part in parts]
 
 
 def standard_patch(weight):
@@ -66,15 +67,29 @@ def standard_patch(weight):
 
 
 @cache
-def templates():
-    """(3, 4, PATCH, PATCH): the four shapes as `standard_patch` sees them, sharp and blurred."""
-    patches = []
-    for blur in (0, 1, 2):
-        for shape in shapes.SHAPES:
-            picture = shapes.draw([shapes.Object("blue", shape, 32, 32, 15)], (240, 240, 240))
-            soft, _ = objects_ink(to_tensor([picture.filter(ImageFilter.GaussianBlur(blur))]))
-            patches.append(standard_patch(soft[0])[3])
-    return np.stack(patches).reshape(3, 4, PATCH, PATCH)
+def templates(writing=False):
+    """(3, N, PATCH, PATCH): four shapes as `standard_patch` sees them, sharp and blurred.
+
+    writing: four digits, and bars, so that a gray bar looks more like a bar than like a digit.
+    """
+    pictures = [shapes.draw([shapes.Object("blue", shape, 32, 32, 15)]) for shape in shapes.SHAPES]
+    if writing:
+        pictures = [shapes.draw([], writing=digit) for digit in shapes.DIGITS]
+        for width in (2, 3, 4, 5, 6, 8):
+            pictures.append(shapes.draw([]))
+            pictures[-1].paste(shapes.GRAY, (52, 48, 52 + width, 60))
+    pictures = [picture.filter(ImageFilter.GaussianBlur(blur))
+                for blur in (0, 1, 2) for picture in pictures]
+    objects, _, digits = split_ink(pictures)
+    patches = [standard_patch(ink)[3] for ink in (digits if writing else objects)]
+    return np.stack(patches).reshape(3, -1, PATCH, PATCH)
+
+
+def overlaps(patch, templates):
+    """How much a patch overlaps with each of the templates, at the blur that fits best."""
+    both = np.minimum(patch, templates).sum((2, 3))
+    either = np.maximum(patch, templates).sum((2, 3))
+    return (both / either).max(0)
 
 
 def to_tensor(images):
@@ -125,15 +140,12 @@ def recognize(piece, soft, color, ink):
     """One piece of ink as an Object, and how much that explains: area · overlap."""
     rim = ndimage.binary_dilation(piece, TOUCHING)
     x, y, size, patch = standard_patch(soft * (piece | (rim & ~ink)))
-    overlap = np.minimum(patch, templates()).sum((2, 3))
-    overlap = overlap / np.maximum(patch, templates()).sum((2, 3))
-    overlap = overlap.max(0)  # the blur that fits best
+    overlap = overlaps(patch, templates())
     name = list(shapes.COLORS)[np.bincount(color[piece]).argmax()]  # most of it; colors may run
     found = shapes.Object(name, shapes.SHAPES[overlap.argmax()], x, y, size)
     return (found if overlap.max() >= MIN_SHAPE else None), overlap.max() * piece.sum()
 
 
-@torch.no_grad()
 def see(images):
     """What is in each picture: a list (one entry a picture) of lists of `shapes.Object`.
 
@@ -141,7 +153,7 @@ def see(images):
     reading looks most like shapes, and one object unless another reading is clearly better.
     """
     seen = []
-    for soft, color in zip(*objects_ink(to_tensor(images))):
+    for soft, color, _ in zip(*split_ink(images)):
         ink, objects = soft > 0.5, []
         for blob in pieces_of(ink):
             best = [recognize(blob, soft, color, ink)]
@@ -157,36 +169,19 @@ def see(images):
     return seen
 
 
-@torch.no_grad()
 def read(images):
     """The digit written in each picture, wherever it is: a list of 1, 2, 3, 4 or None."""
-    coverage, nearest = find_ink(to_tensor(images))
-    gray = torch.where(nearest == len(shapes.COLORS), coverage, 0)[:, None]
-    signs = sign_templates()
-    common = F.conv2d(gray, signs, padding=7)
-    ink = F.conv2d(gray**2, torch.ones_like(signs), padding=7)
-    either = ink + (signs**2).sum((1, 2, 3)).view(-1, 1, 1) - common
-    overlap = (common / either).flatten(2).max(2).values  # (B,24): at the best place
-    best = overlap.view(-1, 3, 8).max(1).values.max(1)  # over sharp and blurred, over signs
-    return [sign + 1 if fits >= MIN_DIGIT and sign < 4 else None
-            for fits, sign in zip(best.values.tolist(), best.indices.tolist())]
-
-
-@cache
-def sign_templates():
-    """(24,1,H,W): what `find_ink` makes of four digits and four bars, sharp and blurred.
-
-    The bars are there so that a gray bar looks more like a bar than like a digit.
-    """
-    signs = [shapes.draw([], writing=digit) for digit in shapes.DIGITS]
-    for width, height in ((3, 12), (5, 12), (7, 12), (7, 7)):
-        signs.append(shapes.draw([]))
-        signs[-1].paste(shapes.GRAY, (53, 48, 53 + width, 48 + height))
-    pictures = [sign.filter(ImageFilter.GaussianBlur(blur))
-                for blur in (0, 0.7, 1.2) for sign in signs]
-    coverage, _ = find_ink(to_tensor(pictures))
-    first = shapes.CORNER - 4  # a border of bare paper belongs to it
-    return coverage[:, None, first:, first:]
+    digits = []
+    for gray in split_ink(images)[2]:
+        overlap, found = MIN_DIGIT, None
+        for piece in pieces_of(gray > 0.3):
+            rim = ndimage.binary_dilation(piece, TOUCHING)
+            patch = standard_patch(gray * rim)[3]
+            fits = overlaps(patch, templates(writing=True))
+            if fits.max() > overlap and fits.argmax() < 4:
+                overlap, found = fits.max(), int(fits.argmax()) + 1
+        digits.append(found)
+    return digits
 
 
 def place_of(obj):

@@ -115,7 +115,7 @@ def caption(request):
 
 
 def parse(prompt):
-    """Read a prompt into a request; ValueError names the prompt and the phrase that does not fit."""
+    """Read a prompt into a request; ValueError names the prompt and the phrase that is wrong."""
     request = []
     for phrase in prompt.lower().strip().rstrip(".").split(" and "):
         words = PHRASE.fullmatch(" ".join(phrase.split()))

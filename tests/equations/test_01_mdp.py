@@ -249,9 +249,11 @@ def test_the_ratio_on_replay_is_exactly_one(dtype, scale, bound, pipe):
 
 def test_of_two_processes_each_draws_its_own_pictures(pipe, monkeypatch):
     config = mdp.Config(num_steps=2)
+    monkeypatch.setenv("RANK", "1")  # as a cluster leaves it: alone it means nothing
+    monkeypatch.setenv("WORLD_SIZE", "")
     whole = mdp.rollout(pipe, PROMPTS, config, "train")
+    assert None not in whole.images
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
     mine = mdp.rollout(pipe, PROMPTS, config, "train")
     torch.testing.assert_close(mine.latents[1], whole.latents[1], rtol=0, atol=1e-4)
     assert not mine.latents[[0, 2]].any() and not mine.log_probs[[0, 2]].any()

@@ -76,18 +76,23 @@ def test_the_file_and_the_table_say_which_round_the_rule_and_hindsight_choose(ju
         lines = list(csv.DictReader(file))
     rows = [row for rounds in found.values() for row in rounds]
     assert [{name: str(value) for name, value in row.items()} for row in rows] == lines
-    config = es.Config(labels=3, kl_bound=1e-9)
-    for line, rounds in zip(es.table_of(found, config), found.values()):
+    config = es.Config(labels=3, kl_bound=(1e-9,))
+    for line, rounds in zip(es.table_of(found, config), found.values(), strict=True):
         best = max(rounds, key=lambda row: row["gold"])
-        for way, row in (("rule", rounds[0]), ("end", rounds[-1]), ("hindsight", best)):
-            assert line[f"{way}: round"] == row["round"]
-            assert line[f"{way}: gold"].startswith(f"{row['gold']:.3f} ±")
-        assert line["price"] == rounds[1]["queries"] + 3
+        for way, row in (("rule, 1e-09 nats", rounds[0]), ("pretrained", rounds[0]),
+                         ("end", rounds[-1]), ("hindsight", best)):
+            assert line[f"{way}: round"] == str(row["round"])
+            assert line[way] == f"{row['gold']:.3f}"
+        assert line["rule, 1e-09 nats: price"] == rounds[1]["queries"] + 3
+    seeds = {f"a_seed{i}": rounds for i, rounds in enumerate(found.values())}
+    (line,) = es.table_of(seeds, config)
+    mean, error = es.training.mean_se([rounds[-1]["gold"] for rounds in seeds.values()])
+    assert line["end"] == f"{mean:.3f} ± {error:.3f}"
     assert (out / "early_stopping.png").is_file()
 
 
 @pytest.mark.parametrize("words, named", [
-    ("", "--runs"), ("--runs nowhere", "--runs nowhere"), ("--runs RUN RUN", "given twice"),
+    ("", "--runs"), ("--runs nowhere", "--runs nowhere"),
     ("--runs RUN --gold beauty", "--gold beauty"), ("--runs RUN --labels 1", "--labels"),
     ("--runs RUN --kl-bound 0", "--kl-bound")])
 def test_bad_input_is_one_message_naming_the_flag(words, named, folders, tmp_path, monkeypatch):

@@ -227,11 +227,9 @@ def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, mo
     assert fake_runs == [ddpo.Config(
         reward=name, prompts="location", rounds=3, film_pictures=2, name=f"s_{name}",
         out=str(tmp_path)) for name in samples.REWARDS]
-    assert rows[1] == {
-        "run": "s_compressibility", "queries": 99, "reward before": "15.00", "reward after":
-        "15.00", "reward gain": "0.00", "reward gain_se": "0.12", "gold before": "14.00",
-        "gold after": "25.0", "gold gain": "11.00", "gold gain_se": "0.12", "kl before": "13.00",
-        "kl after": "35.0", "kl gain": "22.00", "kl gain_se": "0.12"}
+    assert [f"{key}: {value}" for key, value in rows[1].items()][:6] == [
+        "run: s_compressibility", "queries: 99", "reward before: 15.00", "reward after: 15.00",
+        "reward gain: 0.00", "reward gain_se: 0.12"]
     path, pictures, names, columns = sheets[-1]
     assert columns == training.spread_evenly(get_prompts("location"), 2)
     assert names[0] == "pretrained" and names[2] == "compressibility\n15.00 → 15.00"
@@ -275,8 +273,7 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     assert [row[name] for name in ("number written before", "number written after",
                                    "any digit after")] == [0, round(threes, 2), 1]
     assert {path.stem for path in tmp_path.glob("*.png")} == {
-        f"overoptimization_{name}" for name in (
-            "proxy", "noise", "noise_film", "writing", "writing_film")}
+        f"overoptimization_{name}" for name in ("proxy", "noise", "writing", "writing_film")}
     assert list(overoptimization.main(["--only", "noise", *words, "--", "--vlm", "mine"])) == [
         "noise"]
     assert len(fake_runs) == 6

@@ -33,6 +33,7 @@ BY_HAND = [  # script, words, what the message must name
     ("01_mdp", "--model nobody/nothing", "--model nobody/nothing"),
     ("01_mdp", "--out x.gif", "--out x.gif"), ("01_mdp", "--out empty/x.png", "empty"),
     ("03_ddpo", "--out empty", "empty"), ("03_ddpo", "--name ''", "--name"),
+    ("01_mdp", "--out folder.png", "--out folder.png"), ("05_eval", "--out empty", "exists"),
     ("03_ddpo", "--resume folder", "folder/config.json: not the settings of a run"),
     ("04_dpok", "--lora-targets nonsense", "--lora-targets"),
     ("03_ddpo", "--samples-per-prompt 1 --estimator sf", "--samples-per-prompt"),

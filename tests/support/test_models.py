@@ -3,6 +3,7 @@ import copy
 import json
 import shutil
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from support import models, training
 from support import reward_models as nets
@@ -113,13 +115,23 @@ def pickled(folder):
     path.rename(path.with_suffix(".bin"))
 
 
+def without_a_weight(folder, part="unet"):
+    path, = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    weights.pop(max(weights))
+    save_file(weights, path, {"format": "pt"})
+
+
 def one_file(folder):
     shutil.rmtree(folder)
     folder.write_text("x")
 
 
 @pytest.mark.parametrize("change, named", (
-    (flow_matching, "flow matching"), (pickled, "safetensors"), (one_file, "diffusers' format")))
+    (flow_matching, "flow matching"), (pickled, "safetensors"), (one_file, "diffusers' format"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "lack its tokenizer's words"),
+    (without_a_weight, "lack up_blocks"),
+    (partial(without_a_weight, part="text_encoder"), "lack final_layer_norm")))
 def test_what_is_no_such_model_is_named_in_one_line(change, named, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     change(folder)
@@ -132,7 +144,7 @@ def test_what_is_no_such_model_is_named_in_one_line(change, named, folder, monke
     (dict(addition_embed_type="text_time"), {}, "addition_embed_type"),
     (dict(class_embed_type="timestep"), {}, "class_embed_type"),
     (dict(in_channels=9), {}, "in_channels is 9"),
-    (dict(out_channels=8), {}, "out_channels is 8"),
+    (dict(out_channels=8), {}, "out_channels is 8"), (dict(sample_size=None), {}, "sample_size"),
     ({}, dict(prediction_type="flow"), "prediction_type"),
     ({}, dict(thresholding=True), "thresholding"), ({}, dict(clip_sample=True), "clip_sample"),
     ({}, dict(timestep_spacing="linspace"), "linspace")))

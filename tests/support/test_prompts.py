@@ -61,8 +61,8 @@ def test_files_without_prompts_are_refused(name, text, problem, tmp_path):
         get_prompts(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["none", "none.txt", "my file.JSON", "my file.csv ", "./a b",
-                                  "../a b", "/data/my prompts", "~/a b", "a folder"])
+@pytest.mark.parametrize("name", ["none", "none.txt", "my file.JSON", "my file.yaml", "a b.csv ",
+                                  "./a b", "../a b", "/data/my prompts", "~/a b", "a folder"])
 def test_what_looks_like_a_file_and_is_none_is_no_prompt(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a folder").mkdir()

@@ -78,6 +78,7 @@ def test_a_name_on_the_hub_is_owner_repo_and_file(tmp_path, monkeypatch):
     ("aesthetic_weights", "aesthetic", "evil.pth"), ("aesthetic_weights", "aesthetic", "none.pth"),
     ("image_reward_weights", "image_reward", SHIPPED["aesthetic"]),
     ("clip", "aesthetic", "no/such-clip"), ("vlm", "vlm_strict", "no/such-llava"),
+    ("clip", "aesthetic", "tiny_sd/vlm"),  # which lacks CLIP's weights: none may be drawn for them
     ("bert", "vlm_alignment", "no/such-bert"), ("vlm_questions", "vlm_strict", "no_such.json")])
 def test_what_is_not_there_is_named_with_its_flag(field, name, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

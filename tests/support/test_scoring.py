@@ -1,5 +1,6 @@
 """A reward from a name, a sum or a file, and its numbers, checked: with a table of our own."""
 import copy
+import os
 import re
 import tempfile
 
@@ -78,21 +79,34 @@ def test_a_name_that_python_knows_otherwise_is_refused(name, tmp_path):
 
 
 CHANGES = """
-import torch
-torch.set_grad_enabled(False)
+import os, torch
+def change():
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_autocast_enabled("cpu", not torch.is_autocast_enabled("cpu"))
+    os.chdir("/")
+change()
 def f(images, prompts):
-    torch.set_grad_enabled(False)
+    change()
     images[0].thumbnail((1, 1))
     images.clear()
     yield from (1.0, 2.0)
 """
 
 
-def test_what_a_file_does_to_pictures_and_gradients_changes_no_training(file):
+def test_what_a_file_does_to_pictures_and_the_process_changes_no_training(file):
+    def state():
+        return (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(),
+                torch.get_default_device(), torch.get_num_threads(),
+                torch.is_autocast_enabled("cpu"))
+
+    before = state()
     file.write_text(CHANGES)
     images = copy.deepcopy(PICTURES)
     assert score(get(f"{file}:f"), images, ["a", "b"]).tolist() == [1, 2]
-    assert torch.is_grad_enabled() and images == PICTURES
+    assert state() == before and images == PICTURES
 
 
 @pytest.mark.parametrize("text, last", [
