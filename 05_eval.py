@@ -35,12 +35,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from scipy import stats
 from tqdm import tqdm
 
 from support import commands, evaluation, flags, models, runs, training
-from support.measures import Measures
+from support.measures import Measures, means
 from support.prompts import get_prompts
 
 mdp = import_module("01_mdp")  # rollout
@@ -157,30 +156,16 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def ceiling_weights(r, keep=0.2):
-    """w_i = 1[r_i among the best share]/share: the pictures that SFT imitates.   (N,) -> (N,)"""
-    N = len(r)
-    n = max(1, round(keep * N))
-    best = r.argsort(descending=True, stable=True)[:n]
-    w = torch.zeros(N, dtype=torch.float64)
-    w[best] = N / n
-    return w
-
-
 # ---- trainings and their pictures -----------------------------------------------------------
 
 
 def command_of(method, prompt, config):
     """The command of one training: script, flag, value, ...: what a reader could type."""
     command, tuned = METHODS[method]
-    words = command.split()
+    words = [*command.split(), "--prompts", prompt]
     if words[0] != "03_ddpo.py":  # which measures no gold
         words += ["--gold", config.gold]
-    if config.sd:
-        words += ["--sd"]
-    else:
-        words += tuned.split()
-    words += ["--prompts", prompt]
+    words += ["--sd"] if config.sd else tuned.split()
     words += commands.words_of(config, SHARED)
     words += commands.changed_words(config, rewards.RewardFlags)
     kept = max(1, config.rounds // 8)
@@ -226,31 +211,23 @@ def read(pipe, reference, prompt, measures, config):
     trajectory = mdp.rollout(pipe, prompts, config, "compare")
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, config)
-    kl = dpok.path_kl(pipe, trajectory, reference_means, config).sum(1)
-    columns = measures.columns(trajectory.images, prompts, kl)
-    row = {}
-    for name, values in columns.items():
-        row[name], row[name + "_se"] = training.mean_se(values)
-    return row, trajectory.images
+    kl = dpok.path_kl(pipe, trajectory, reference_means, config)
+    columns = measures.columns(trajectory.images, prompts, kl.sum(1))
+    return means(columns), trajectory.images
 
 
 def read_pool(pipe, prompt, measures, config):
-    """Model -> its measures: best of n and the ceiling, which weigh a pool of pretrained pictures.
-
-    n draws are n reward queries for each picture that is shown.
-    """
+    """Model -> its measures: best of n, and the ceiling, from a pool of pretrained pictures."""
     prompts = get_prompts(prompt) * config.pool
     images = mdp.rollout(pipe, prompts, config, "pool").images
     columns = measures.rewards_of(images, prompts)
     r = columns["reward"]
-    weights = {"ceiling": ceiling_weights(r)}
+    is_best = r >= r.quantile(0.8)
+    w = is_best / is_best.double().mean()
+    found = {"ceiling": means(columns, w)}
     for n in config.best_of:
-        weights[f"best of {n}"] = best_of_n_weights(r, n)
-    found = {}
-    for model, w in weights.items():
-        found[model] = {name: (w * values).mean().item() for name, values in columns.items()}
-    for n in config.best_of:
-        found[f"best of {n}"]["kl"] = best_of_n_kl(n)
+        w = best_of_n_weights(r, n)
+        found[f"best of {n}"] = means(columns, w) | {"kl": best_of_n_kl(n)}
     return found
 
 
@@ -264,8 +241,8 @@ def read_all(folders, measures, config):
         images[prompt] = {"pretrained": drawn}
         readings[prompt] = {"pretrained": [{"queries": 0} | first]}
         if len(get_prompts(prompt)) == 1:
-            for model, row in read_pool(pipe, prompt, measures, config).items():
-                readings[prompt][model] = [row]
+            pool = read_pool(pipe, prompt, measures, config)
+            readings[prompt] |= {model: [row] for model, row in pool.items()}
     for prompt, model in tqdm(folders, f"reading, seed {config.seed}", unit="run"):
         own = list(readings[prompt]["pretrained"])
         for queries, weights in kept_weights(folders[prompt, model]).items():
@@ -295,12 +272,13 @@ def difference(readings, column, place, a, b):
     found = []
     for of_model in readings.values():
         rows_a, rows_b = of_model[a], of_model[b]
-        if place == "the end":
-            d = rows_a[-1][column] - rows_b[-1][column]
-        else:
-            most = [max(row["kl"] for row in rows) for rows in (rows_a, rows_b)]
-            d = at_kl(rows_a, min(most), column) - at_kl(rows_b, min(most), column)
-        found.append(d)
+        value_a, value_b = rows_a[-1][column], rows_b[-1][column]
+        if place == "equal KL":
+            kl_a = max(row["kl"] for row in rows_a)
+            kl_b = max(row["kl"] for row in rows_b)
+            value_a = at_kl(rows_a, min(kl_a, kl_b), column)
+            value_b = at_kl(rows_b, min(kl_a, kl_b), column)
+        found.append(value_a - value_b)
     return np.mean(found)
 
 

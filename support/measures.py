@@ -3,6 +3,7 @@ import torch
 
 from support import models
 from support import reward_models as nets
+from support.training import mean_se
 
 
 class Measures:
@@ -42,6 +43,14 @@ class Measures:
             f = self.clip.get_image_features(pixel_values=pixels).pooler_output
             embeddings.append(f.cpu())
         return torch.cat(embeddings)
+
+
+def means(columns, w=1):
+    """Mean and standard error of each column; w: weights of mean 1, of its pictures."""
+    row = {}
+    for name, values in columns.items():
+        row[name], row[name + "_se"] = mean_se(w * values)
+    return row
 
 
 def diversity(f):
