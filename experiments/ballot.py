@@ -25,7 +25,7 @@ from tyro.conf import Positional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import flags, models, runs, training  # noqa: E402
-from support.prompts import families  # noqa: E402
+from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
 
@@ -37,7 +37,7 @@ QUESTIONS = {"alignment": "Which picture fits the prompt better?",
 class Config(flags.MachineFlags):
     runs: Positional[tuple[str, ...]] = ()  # the two run folders that are compared
     prompts: str = "tasks"  # a shape family, animals, activities, tasks, a file, or one prompt
-    pairs: int = 4  # pairs of pictures for each family of prompts
+    pairs: int = 20  # pairs of pictures, of all prompts in turn
     votes: tuple[str, ...] = ()  # count these files from raters of the ballot in --out
     seed: int = 0  # seed of the pictures' noise; who is left is drawn anew for each ballot
     out: str = "runs/ballot"  # where the page, its key and the table go
@@ -89,9 +89,7 @@ def write(config):
     out = Path(config.out)
     if Path(out, "ballot_key.json").exists():  # votes on it may be under way
         raise ValueError(f"--out {out}: there is a ballot; move ballot_key.json away first")
-    prompts = []
-    for seen, _ in families(config.prompts).values():
-        prompts += training.spread_evenly(seen, config.pairs)
+    prompts = training.spread_evenly(get_prompts(config.prompts), config.pairs)
     pictures = {folder: draw(folder, prompts, config) for folder in config.runs}
     page, key = make_ballot(prompts, pictures, random.SystemRandom())
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ Each is trained the way its model was, in the shape world instead of the web:
 
     1. clip/                  CLIP         contrastive: which caption of a batch is this picture's?
     2. aesthetic.safetensors  LAION's MLP  regression of ratings on CLIP embeddings; "people" here
-                                           like a warm background (`beauty`)
+                                           like a warm background (`beauty`), and nothing broken
     3. image_reward/          ImageReward  what does each patch show?  (ImageNet's part)
                                            is this the picture's caption?  (BLIP's part)
                                            preference pairs:  L = −log σ(r(better) − r(worse))
@@ -52,6 +52,7 @@ from tiny_sd import judge, shapes, web  # noqa: E402
 mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # alignment, the questions
 
+BROKEN = 1.0  # how people rate a picture that is broken: below every other
 LABEL_NOISE = 1 / 6  # share of preference labels that are wrong
 EPOCHS = 3  # passes over the preference pairs
 PATCH = 8  # px, of the image encoders
@@ -68,6 +69,35 @@ def beauty(pictures):
     """
     red, _, blue = (pictures / 255).flatten(2).median(2).values.unbind(1)
     return 5 + 3 * ((red - blue) * 255 / 14).clamp(-1, 1)
+
+
+def break_latents(z, generator):
+    """Latents of pictures that nobody likes, five kinds in turn.   (B,C,H,W) -> (B,C,H,W)
+
+    With noise; noise alone; blotches; nearly the same everywhere; blurred, with blotches.
+    """
+    B, C, H, W = z.shape
+    strength = 0.6 + 2 * torch.rand(B, 1, 1, 1, generator=generator)
+    noise = strength * torch.randn(z.shape, generator=generator)
+    blotches = strength * torch.randn(B, C, 2, 2, generator=generator)
+    blotches = F.interpolate(blotches, size=(H, W), mode="bilinear")
+    flat = strength * torch.randn(B, C, 1, 1, generator=generator) + 0.1 * noise
+    blurred = F.avg_pool2d(F.pad(z, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    kinds = torch.stack([z + noise, noise, blotches, flat, blurred + 0.7 * blotches])
+    return kinds[torch.arange(B) % 5, torch.arange(B)]
+
+
+@torch.no_grad()
+def broken_pictures(pictures, seed):
+    """The tiny model's VAE on latents that are wrong: what models draw that collapse.  uint8"""
+    vae = models.load_pipeline(str(ROOT / "tiny_sd"), "cpu").vae
+    generator, broken = torch.Generator().manual_seed(seed), []
+    for p in pictures.split(100):
+        z = vae.encode(make_tiny_sd.to_unit(p)).latent_dist.mean * vae.config.scaling_factor
+        z = break_latents(z, generator) / vae.config.scaling_factor
+        pixels = vae.decode(z).sample.clamp(-1, 1)
+        broken.append(((pixels + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(broken)
 
 
 # ---- 1. CLIP --------------------------------------------------------------------------------
@@ -120,7 +150,9 @@ def remake_clip(config, out, device):
 
 def remake_aesthetic(config, out, device):
     pictures, _ = make_tiny_sd.draw_pairs(config.pictures, config.seed)
-    ratings = beauty(pictures).to(device)
+    broken = broken_pictures(pictures[::4], config.seed)
+    ratings = torch.cat([beauty(pictures), torch.full((len(broken),), BROKEN)]).to(device)
+    pictures = torch.cat([pictures, broken])
     clip = hf.CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device)
     with torch.no_grad():
         f = torch.cat([clip.get_image_features(pixel_values=normalize(p).to(device)).pooler_output

@@ -9,7 +9,8 @@ Draw pictures, score them, and train on them as in pretraining, the good ones we
 `--data fixed` is DPOK's Figure 1a: q = p_pre. A round adds as many pictures of the pretrained model
 as one of RL draws, and forgets none; what the tuned model draws meanwhile is only looked at.
 `--data fresh` is RWR as DDPO has it: q = p_θ as the round begins, and earlier rounds are forgotten.
-Either way an update learns from as many noisy pictures as RL's has pairs of picture and step.
+Either way a pass of K updates learns from as many noisy pictures as RL has pairs of picture and
+step; RL makes one.
 
 RUN `python experiments/sft.py`: three minutes on two CPU cores. EXPECT less gold than chapter 4's
 run, for more nats. TRY `--data fresh`, `--weights sparse`, or `--beta 1`. WRITES a run folder like
@@ -49,7 +50,8 @@ class Config(rewards.RewardFlags, runs.TrainFlags):
     rounds: int = 20  # rounds of draw, score, update
     prompts_per_round: int = 1  # prompts per round, in turn from shuffled passes
     samples_per_prompt: int = 64  # pictures of each of them
-    updates_per_round: int = 2  # optimizer steps per round (K)
+    updates_per_round: int = 2  # optimizer steps per round (K) and pass
+    passes: int = 1  # how often a round learns from as many noisy pictures as RL has pairs
     learning_rate: float = 1e-3  # of AdamW
     max_grad_norm: float = 100.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy
@@ -159,7 +161,7 @@ def train(config):
             weight = sparse_weights(r_known, pictures["prompts"], config.keep)
 
         M = max(1, len(prompts) * config.num_steps // config.updates_per_round)
-        for update in range(config.updates_per_round):
+        for update in range(config.passes * config.updates_per_round):
             stream = training.random_stream(config.seed, "sft batches", n, update)
             rows = torch.from_numpy(stream.integers(len(weight), size=M))
             t = torch.from_numpy(stream.integers(num_timesteps, size=M))

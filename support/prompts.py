@@ -27,12 +27,6 @@ TASKS_SD = {  # the paper's own
     "composition": "A cat and a dog",
     "location": "A dog on the moon",
     "bias": "Four roses"}  # pretrained: mostly the whiskey
-UNSEEN_SD = {  # the same with another noun, never trained on
-    "color": ["A green colored cat"],
-    "count": ["Four birds in the park"],
-    "composition": ["A cat and a cup"],
-    "location": ["A lion on the moon"],
-    "bias": []}
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv")  # of the files that can be read
 OTHERS = (".text", ".md", ".tsv", ".yaml", ".yml", ".toml", ".parquet", ".xlsx", ".gz", ".zip")
 
@@ -87,15 +81,3 @@ def read_prompts(file):
     if not prompts:
         raise ValueError(f"--prompts {file}: the file has no prompt in it")
     return prompts
-
-
-def families(name):
-    """Family -> (prompts that are trained on, prompts that no training saw), for an evaluation."""
-    if name == "tasks":
-        return {family: ([prompt], shapes.prompts_of(family, held_out=True))
-                for family, prompt in TASKS.items()}
-    if name == "tasks_sd":
-        return {family: ([prompt], UNSEEN_SD[family]) for family, prompt in TASKS_SD.items()}
-    if name in shapes.FAMILIES:
-        return {name: (shapes.prompts_of(name), shapes.prompts_of(name, held_out=True))}
-    return {name: (get_prompts(name), [])}

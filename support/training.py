@@ -18,7 +18,7 @@ import torch.distributed as dist
 PURPOSES = (  # what random numbers are for; the place in this list is part of their address
     "train", "evaluate", "film", "compare", "examples", "prompts", "minibatches", "timesteps",
     "adapters", "value", "value batches", "fixed set", "sft batches", "sft noise", "bootstrap",
-    "pretrain", "make", "frontier", "labels", "truth")
+    "pretrain", "make", "frontier", "labels", "truth", "pool", "halves")
 
 
 # ---- randomness by address ------------------------------------------------------------------
