@@ -40,7 +40,7 @@ from support.prompts import get_prompts  # noqa: E402
 mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 dpok = import_module("04_dpok")  # evaluate
-ev = import_module("05_eval")  # best_of_n_kl
+ev = import_module("05_eval")  # best_of_n_weights, best_of_n_kl
 
 BLOCK = 256  # pictures drawn at once; their noise's address is (block, place in it)
 MIN_ESS = 50  # effective pictures, without which a point of the curve is not drawn
@@ -74,17 +74,6 @@ def tilted_weights(r, beta):
     return len(r) * torch.softmax(r / beta, 0)
 
 
-def best_of_n_weights(r, n):
-    """w_i = N·(F(r_i)^n − F(r_i⁻)^n) / m_i: how much more often best of n shows picture i.
-
-    n draws with replacement from the N pictures. F(r_i), F(r_i⁻): share of pictures with a reward
-    up to r_i, and below it; the m_i pictures with that very reward share evenly. (N,), n -> (N,)
-    """
-    _, place, m = r.unique(return_inverse=True, return_counts=True)
-    last = m.cumsum(0).double()
-    return (len(r) * ((last / len(r))**n - ((last - m) / len(r))**n) / m)[place]
-
-
 def weights_kl(w):
     """KL(w·p_pre ‖ p_pre) = E_pre[w·log w], in nats; 0·log 0 is 0.   (N,), mean 1 -> ()"""
     return torch.special.xlogy(w, w).mean()
@@ -103,7 +92,7 @@ def point(r, g, w):
 def points(r, g, betas):
     """The points of p_β for each β, and then of the best of n for each n of NS.  -> (P,4)"""
     weights = [tilted_weights(r, beta) for beta in betas]
-    weights += [best_of_n_weights(r, n) for n in NS]
+    weights += [ev.best_of_n_weights(r, n) for n in NS]
     return torch.stack([point(r, g, w) for w in weights])
 
 

@@ -1,6 +1,5 @@
 """The frontier against closed forms, enumerated draws and other weights."""
 import math
-from itertools import product
 
 import numpy as np
 import pytest
@@ -40,21 +39,6 @@ def test_kl_of_weights_is_its_definition_and_the_free_energy():
     assert fr.weights_kl(w).item() == pytest.approx(free_energy.item(), rel=1e-12)
     assert fr.weights_kl(torch.tensor([0.0, 3.0, 0.0]).double()) == pytest.approx(math.log(3))
     assert fr.effective_pictures(torch.tensor([3.0, 4.0, 0.0])) == pytest.approx(49 / 25)
-
-
-@equation("best of n", "experiments.frontier.best_of_n_weights")
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_best_of_n_by_enumerating_all_draws_with_ties(n):
-    r, g = torch.tensor([[2, 0, 2, 5, 2, 5], [9, 4, 1, 7, 3, 8]]).double()
-    share = torch.zeros(6).double()
-    for draws in product(range(6), repeat=n):
-        share[max(draws, key=r.__getitem__)] += 1 / 6**n  # the first of equals, as in chapter 5
-    w = fr.best_of_n_weights(r, n)
-    assert w.tolist() == pytest.approx((6 * share).tolist())
-    assert fr.weights_kl(w) <= fr.ev.best_of_n_kl(n)
-    place = 1 + fr.NS.index(n)  # behind one β
-    point = fr.points(r, g, [math.inf])[place].tolist()
-    assert point[1:3] == pytest.approx([(share @ r).item(), (share @ g).item()])
 
 
 @equation("frontier", "experiments.frontier.points")
