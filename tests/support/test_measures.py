@@ -39,28 +39,33 @@ def make_chapter():
     return SimpleNamespace(get_reward=get_reward, score=scoring.score, loaded=loaded)
 
 
-def test_columns_are_those_of_the_right_picture_and_prompt_and_rounded():
+def test_columns_are_those_of_the_right_picture_and_prompt(monkeypatch):
     chapter = make_chapter()
-    found = Measures(CONFIG, chapter, lambda f: f[:, 0] + 100 * f[:, 0].sum())
+    found = Measures(CONFIG, chapter)
     found.embed = lambda images: torch.tensor([[gray(image), 1.0] for image in images])
+    monkeypatch.setattr(measures, "diversity", lambda f: f[:, 0] + 100 * f[:, 0].sum())
     grays = list(range(20))
     images = [Image.new("RGB", (2, 2), (v, v, v)) for v in grays]
     prompts = ["p", "qq", "p", "qq", "rrr"] * 4
-    asked = [{"prompt": prompt, "split": f"split {i}"} for i, prompt in enumerate(prompts)]
-    rows = found.rows(asked, images, [0.5 * v for v in grays])
-    for i, row in enumerate(rows):
+    columns = found.columns(images, prompts, torch.tensor([0.5 * v for v in grays]))
+    assert list(columns) == ["reward", "gold", "third", "fourth", "diversity", "kl"]
+    for i in grays:
         same = sum(v for v in grays if prompts[v] == prompts[i])  # of one prompt's pictures only
-        wanted = [round(value(spec, images[i], prompts[i]), 4) for spec in SPECS]
-        assert row == {
-            "picture": i, "prompt": prompts[i], "split": f"split {i}", "path_kl": 0.5 * i,
-            **dict(zip(("reward", "gold", "third", "fourth"), wanted)),
-            "diversity": i + 100 * same}
-    assert asked[0] == {"prompt": "p", "split": "split 0"}
+        wanted = [value(spec, images[i], prompts[i]) for spec in SPECS]
+        row = [values[i].item() for values in columns.values()]
+        assert row == pytest.approx([*wanted, i + 100 * same, 0.5 * i])
     assert chapter.loaded == [*zip(SPECS, ("--reward", "--gold", "--others", "--others"))]
 
 
+def test_means_of_weighted_pictures_have_the_error_of_what_is_averaged():
+    r, w = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 1.5, 1.5])
+    assert measures.means({"a": r, "b": 2 * r}) == pytest.approx(
+        {"a": 3, "a_se": (7 / 3) ** 0.5, "b": 6, "b_se": (28 / 3) ** 0.5})
+    assert measures.means({"a": r}, w)["a"] == 4
+
+
 def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkeypatch):
-    found = Measures(CONFIG, make_chapter(), None)
+    found = Measures(CONFIG, make_chapter())
     images = [Image.new("RGB", (64, 64), (40 * i, 200 - 30 * i, 90)) for i in range(5)]
     with torch.no_grad():
         whole, parts = found.embed(images), found.embed(images, batch_size=2)
@@ -70,7 +75,7 @@ def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkey
     assert torch.allclose(whole, parts, atol=1e-5) and torch.allclose(whole[3:4], alone, atol=1e-5)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="--clip nowhere"):
-        Measures(SimpleNamespace(**vars(CONFIG) | {"clip": "nowhere"}), make_chapter(), None)
+        Measures(SimpleNamespace(**vars(CONFIG) | {"clip": "nowhere"}), make_chapter())
 
 
 @pytest.mark.equation("price", "support.measures.price")
@@ -79,7 +84,8 @@ def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkey
     ("03_ddpo", "--guidance-scale 2 --timestep-fraction 0.5", 0),
     ("04_dpok", "--no-value", 0), ("04_dpok", "--beta 0 --no-value", 8),
     ("04_dpok", "--guidance-scale 2 --timestep-fraction 0.5 --no-value", 0),
-    ("experiments.sft", "--data fresh", 8), ("experiments.sft", "--data fixed --beta 1", 16),
+    ("experiments.sft", "--data fresh --passes 3", 8),
+    ("experiments.sft", "--data fixed --beta 1", 16),
     ("experiments.sft", "--data fresh --guidance-scale 2 --updates-per-round 3", 16)])
 def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path, monkeypatch):
     """looked_at: latents of a round's forward passes that no update needs, as of a logged KL."""

@@ -1,7 +1,7 @@
 """Prompt sets of both papers and of the shape world, and prompts from a file."""
 import pytest
 
-from support.prompts import families, get_prompts
+from support.prompts import get_prompts
 from tiny_sd import shapes
 
 
@@ -12,17 +12,12 @@ def test_ddpos_animals_and_activities():
     assert {"a dog riding a bike", "an ant playing chess"} < set(activities)
 
 
-def test_the_tasks_are_one_of_each_family_and_never_what_is_unseen():
-    for family, (trained, unseen) in families("tasks").items():
-        assert all(shapes.family_of(shapes.parse(p)) == family for p in trained + unseen)
-        assert not set(trained) & set(unseen) and set(trained) <= set(get_prompts(family))
-    papers = families("tasks_sd")
-    assert papers["composition"] == (["A cat and a dog"], ["A cat and a cup"])
-    for name in ("tasks", "tasks_sd"):
-        assert [p for (p,), _ in families(name).values()] == get_prompts(name)
-    seen, unseen = families("count")["count"]
-    assert seen == get_prompts("count") and not set(seen) & set(unseen) and unseen
-    assert families("four stars") == {"four stars": (["four stars"], [])}
+def test_the_tasks_are_one_prompt_of_each_family():
+    families = [shapes.family_of(shapes.parse(prompt)) for prompt in get_prompts("tasks")]
+    assert families == list(shapes.FAMILIES)
+    assert get_prompts("tasks_sd")[2] == "A cat and a dog" and len(get_prompts("tasks_sd")) == 5
+    tuning = get_prompts("tuning")
+    assert len(tuning) == 5 and not set(tuning) & set(get_prompts("tasks"))
 
 
 @pytest.mark.parametrize("name", ["four stars", "cat ", "a" + " a" * 5000, "a cat. A dog"])
