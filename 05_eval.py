@@ -46,8 +46,8 @@ dpok = import_module("04_dpok")  # step_means, path_kl
 METHODS = {  # method -> its script and flags, and its tuned learning rate and updates per round
     "RWR": ("experiments/sft.py --data fresh --weights rwr", 1e-5, 2),
     "SFT": ("experiments/sft.py --data fixed --weights sparse", 3e-3, 2),
-    "DDPO_SF": ("03_ddpo.py --estimator sf", 2e-3, 1),
-    "DDPO_IS": ("03_ddpo.py --estimator is", 1e-3, 5),
+    "DDPO_SF": ("03_ddpo.py --estimator sf --no-anneal", 2e-3, 1),
+    "DDPO_IS": ("03_ddpo.py --estimator is --no-anneal", 1e-3, 5),
     "DPOK": ("04_dpok.py", 3e-3, 20),
     "DPOK_no_KL": ("04_dpok.py --beta 0", 3e-3, 20)}  # DPOK's, so that only β differs
 CLAIMS = (  # a sentence; in what, on which prompts, which model should be above which
