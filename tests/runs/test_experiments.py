@@ -261,9 +261,9 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
         lambda images, questions: [f"{question} 7" for question in questions]))
     monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
         3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
-    drawn, draw = {}, overoptimization.draw_lines
+    drawn, draw = [], overoptimization.draw_lines
     monkeypatch.setattr(overoptimization, "draw_lines", lambda path, panels: (
-        draw(path, panels), drawn.update({Path(path).stem: panels.values()})))
+        draw(path, panels), drawn.append([list(lines.values()) for lines in panels.values()])))
     words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path)]
     found = overoptimization.main([*words, "--", "--vlm", "mine"])
     common = dict(rounds=9, learning_rate=2e-3, seed=3, vlm="mine", out=str(tmp_path))
@@ -276,8 +276,7 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     row = found["proxy"][2]
     assert (row["beta"], row["hindsight's best round"]) == (0.1, 4)
     assert row["gold over its last five rounds"] == "-1.40"  # 0.1 less the mean of 4, 1, 0, 1
-    panels = drawn["overoptimization_proxy"]
-    (_, r, best), (_, g, _) = [list(lines.values())[2] for lines in panels]
+    (_, r, best), (_, g, _) = [lines[2] for lines in drawn[0]]
     assert (r[8], g[3], best) == (6, pytest.approx(-1.4), [3])
     threes = sum("three" in prompt for prompt in
                  training.spread_evenly(get_prompts("count"), 32)) / 32

@@ -187,8 +187,8 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_a_whole_one_knows_its_second
     with pytest.raises(ValueError, match=f"--resume: {checkpoint} cannot be read"):
         train(config)
     torch.save(torch.load(io.BytesIO(whole)) | {"seconds": 1e6}, checkpoint)
-    summary = json.loads((train(config).folder / "evaluation.json").read_text())
-    assert summary["seconds"] > 1e6  # those before the stop, too
+    summary = (train(config).folder / "evaluation.json").read_text()
+    assert json.loads(summary)["seconds"] > 1e6  # those before the stop, too
 
 
 def test_labels_tell_folders_of_one_name_apart_and_a_folder_counts_once(tmp_path, monkeypatch):
