@@ -16,8 +16,8 @@ from tests.equations.closed_forms import randn
 ev = import_module("05_eval")
 METHODS = {"RWR": ("experiments/sft.py", {"data": "fresh", "weights": "rwr"}),
            "SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
-           "DDPO_SF": ("03_ddpo.py", {"estimator": "sf"}),
-           "DDPO_IS": ("03_ddpo.py", {"estimator": "is"}),
+           "DDPO_SF": ("03_ddpo.py", {"estimator": "sf", "anneal": False}),
+           "DDPO_IS": ("03_ddpo.py", {"estimator": "is", "anneal": False}),
            "DPOK": ("04_dpok.py", {"beta": 0.01}),
            "DPOK_no_KL": ("04_dpok.py", {"beta": 0})}
 
