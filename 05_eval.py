@@ -49,7 +49,7 @@ dpok = import_module("04_dpok")  # step_means, path_kl
 METHODS = {  # method -> its script, its flags, and those that were tuned
     "SFT": ("experiments/sft.py --data fixed --weights sparse",
             "--learning-rate 0.001 --updates-per-round 2 --passes 4"),
-    "DDPO_IS": ("03_ddpo.py", "--learning-rate 0.001 --updates-per-round 5"),
+    "DDPO_IS": ("03_ddpo.py --no-anneal", "--learning-rate 0.001 --updates-per-round 5"),
     "DPOK": ("04_dpok.py", "--learning-rate 0.001 --updates-per-round 20"),
     "DPOK_no_KL": ("04_dpok.py --beta 0", "--learning-rate 0.001 --updates-per-round 5")}
 CLAIMS = (  # a sentence; in what, read off where, which model should be above which

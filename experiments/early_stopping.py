@@ -85,7 +85,8 @@ def hindsights_best(rounds):
 
 def kept_rounds(folder, saved):
     """Round -> the folder of its weights, in order; None: the pretrained model."""
-    kept = {int(path.name): path for path in sorted(Path(folder, "rounds").glob("*"))}
+    paths = Path(folder, "rounds").glob("[0-9]*")
+    kept = dict(sorted((int(path.name), path) for path in paths))
     if not kept:
         raise ValueError(f"--runs {folder}: none of its rounds was kept; train with --keep-every")
     return {0: None} | kept | {saved["rounds"]: Path(folder)}

@@ -166,7 +166,6 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "writing": lambda out: overoptimized(out, "writing")}
 
 
-
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
     out = Path(config.out)

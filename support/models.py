@@ -181,6 +181,9 @@ def check_pipeline(pipe):
         value = settings.get(name, allowed[0])
         if value not in allowed:
             raise ValueError(f"its {name} is {value}, with which a step would not be chapter 1's")
+    if settings.get("rescale_betas_zero_snr") and settings["prediction_type"] == "epsilon":
+        raise ValueError("its rescale_betas_zero_snr leaves no signal at the first step, where ε "
+                         "says nothing of x_0")
     if not pipe.unet.config.sample_size:
         raise ValueError("its UNet says no sample_size, so how large is a latent?")
 

@@ -15,7 +15,8 @@ from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
 METHODS = {"SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
-           "DDPO_IS": ("03_ddpo.py", {}), "DPOK": ("04_dpok.py", {"beta": 0.01}),
+           "DDPO_IS": ("03_ddpo.py", {"anneal": False}),
+           "DPOK": ("04_dpok.py", {"beta": 0.01}),
            "DPOK_no_KL": ("04_dpok.py", {"beta": 0.0})}
 
 

@@ -33,6 +33,12 @@ def test_price_is_all_training_until_the_stop_and_all_labels(m, want):
     assert es.price(rounds([0, 1, 2, 3]), m, 7) == want
 
 
+def test_kept_rounds_come_in_order(tmp_path):
+    for name in ("1000", "500", ".hidden"):
+        (tmp_path / "rounds" / name).mkdir(parents=True)
+    assert list(es.kept_rounds(tmp_path, {"rounds": 1200})) == [0, 500, 1000, 1200]
+
+
 @equation("hindsight's best", "experiments.early_stopping.hindsights_best")
 def test_hindsight_looks_at_the_truth_of_all_rounds_whatever_their_kl():
     labels = [9, 1, 1, 1, 1]

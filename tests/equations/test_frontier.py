@@ -70,7 +70,7 @@ def test_errors_at_equal_kl_are_those_of_the_free_energy():
         assert error == pytest.approx([r.std().item() / 2000**0.5] * 2, rel=0.15)
 
 
-def test_the_table_brackets_each_kl_between_the_curve_and_a_bound():
+def test_table_and_figure_set_each_kl_between_the_curve_and_a_bound(monkeypatch):
     names = ("kl", "reward", "reward_se", "gold", "gold_se", "beta")
     curve = [dict(zip(names, (k, 10.0 * k, 0.1, k / 10, 0.01, 30.0 - k))) for k in range(21)]
     rows = fr.table_of(curve, {"best of 4": dict(zip(names, (3.5, 20.0, 0.2, 0.5, 0.02))),
@@ -79,3 +79,7 @@ def test_the_table_brackets_each_kl_between_the_curve_and_a_bound():
     bounds = [(float(row["KL at least"]), float(row["KL at most"])) for row in rows]
     assert bounds == [(0, 0), (10, 10), (20, 20), (2, 3.5), (4.5, 80)]
     assert [float(value) for value in list(rows[4].values())[3:]] == [45, 0.3, 0.7, 0.03]
+    drawn = []
+    monkeypatch.setattr(fr.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    fr.draw("x", curve, {"above it": curve[20] | {"reward": 230.0}}, fr.Config())
+    assert drawn[0].axes[0].lines[1].get_xydata().tolist() == [[20, 200], [23, 230]]  # slope β

@@ -84,10 +84,11 @@ def test_the_file_and_the_table_say_which_round_the_rule_and_hindsight_choose(ju
             assert line[f"{way}: round"] == str(row["round"])
             assert line[way] == f"{row['gold']:.3f}"
         assert line["rule, 1e-09 nats: price"] == rounds[1]["queries"] + 3
+        assert (line["pretrained: price"], line["end: price"]) == (0, rounds[-1]["queries"])
     seeds = {f"a_seed{i}": rounds for i, rounds in enumerate(found.values())}
     (line,) = es.table_of(seeds, config)
     mean, error = es.training.mean_se([rounds[-1]["gold"] for rounds in seeds.values()])
-    assert line["end"] == f"{mean:.3f} ± {error:.3f}"
+    assert line["end"] == f"{mean:.3f} ± {error:.3f}" and line["end: price"] == (12 + 8) / 2
     assert (out / "early_stopping.png").is_file()
 
 

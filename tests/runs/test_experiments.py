@@ -49,7 +49,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path)
     words = [*TINY, "--data", data, "--weights", weights, "--temperature", "30", "--keep", "0.34",
              "--beta", "0.1", "--prompts", f"{tmp_path}/prompts.txt", "--prompts-per-round", "2",
              "--samples-per-prompt", "3", "--weight-decay", "0.5", "--train-batch-size", "4",
-             "--out", str(tmp_path), "--name", "run"]
+             "--anneal", "--out", str(tmp_path), "--name", "run"]
     run = sft.main(words)
     config = flags.parse(sft.Config, "", words)
 
@@ -72,6 +72,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path)
         r, x_0 = torch.tensor(r).double(), torch.stack(x_0)
         w = {"rwr": sft.rwr_weights(r, prompts, 30.0),
              "sparse": sft.sparse_weights(r, prompts, 0.34)}[weights]
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - n / 2)
         for update in range(2):
             stream = training.random_stream(5, "sft batches", n, update)
             rows = torch.from_numpy(stream.integers(len(prompts), size=9))
@@ -134,7 +135,8 @@ def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkey
                      "--prompts-per-round", "1", "--eval-samples", "6", "--lora-rank", "2",
                      "--learning-rate", "0.05", "--out", str(tmp_path)])
     own = ["--eval-samples", "6", "--runs", str(run.folder)]
-    _, others = frontier.main([*start, *own, "--pictures", "100", "--out", f"{tmp_path}/a"])
+    curve, others = frontier.main([*start, *own, "--pictures", "100", "--out", f"{tmp_path}/a"])
+    assert 0 < len(curve) < len(frontier.BETAS) and min(row["ess"] for row in curve) >= 50
     frontier.main([*start, "--pictures", "150", "--out", f"{tmp_path}/a"])
     frontier.main([*start, "--pictures", "150", "--out", f"{tmp_path}/b"])
     pictures = [runs.read_rows(tmp_path / name / "pictures.csv") for name in "ab"]
@@ -144,8 +146,10 @@ def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkey
             for name in ("reward", "gold"))
     best_of_1 = others["best of 1"]["reward"], others["best of 1"]["gold"]
     assert best_of_1 == pytest.approx((r.mean().item(), g.mean().item()))
-    pipe, _ = models.load_run(run.folder, "cpu")
+    pipe, reference = models.load_run(run.folder, "cpu")
     config = flags.parse(frontier.Config, "", [*start, *own])
+    looked = dpok.evaluate(pipe, ["four stars"], warmth, lightness, reference, config)
+    assert others[run.folder.name]["kl"] == pytest.approx(looked["kl"].mean().item(), rel=1e-2)
     trajectory = mdp.rollout(pipe, ["four stars"] * 6, config, "evaluate")
     for name, reward in (("reward", warmth), ("gold", lightness)):
         values = torch.tensor(reward(trajectory.images, trajectory.prompts))
@@ -153,8 +157,9 @@ def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkey
         assert found == pytest.approx(values.mean().item(), abs=0.05)
     with pytest.raises(ValueError, match="--num-steps 2, not 3"):
         frontier.main([*start, *own, "--num-steps", "3", "--out", f"{tmp_path}/c"])
-    with pytest.raises(ValueError, match="--seed 0, not 1"):
-        frontier.main([*start, "--seed", "1", "--out", f"{tmp_path}/a"])
+    for words, named in (["--seed", "1"], "--seed 0, not 1"), (["--gold", REWARD], "--gold"):
+        with pytest.raises(ValueError, match=f"made with {named}"):
+            frontier.main([*start, *words, "--out", f"{tmp_path}/a"])
 
 
 # ---- scripts that start others --------------------------------------------------------------
@@ -213,10 +218,11 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, monkeypa
         sweep.main([*words[:-1], "3"])
     figure, path = drawn[-1]
     assert path == tmp_path / "sweep.png"
-    for ax, name, first in zip(figure.axes, ("reward", "gold"), (0, 10)):
+    for ax, name, first, error in zip(figure.axes, ("reward", "gold"), (0, 10), (0.5, 1.5)):
         x, y = ax.lines[0].get_data()
         assert ax.get_title() == name
         assert (list(x), list(y)) == ([20, 20.25], [first, first + 0.25])
+        assert ax.collections[0].get_segments()[0].tolist()[1] == [20, first + error]
 
 
 def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
@@ -255,6 +261,9 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
         lambda images, questions: [f"{question} 7" for question in questions]))
     monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
         3 if image.getpixel((4, 4))[1] >= 27 else None for image in images])
+    drawn, draw = [], overoptimization.draw_lines
+    monkeypatch.setattr(overoptimization, "draw_lines", lambda path, panels: (
+        draw(path, panels), drawn.append([list(lines.values()) for lines in panels.values()])))
     words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path)]
     found = overoptimization.main([*words, "--", "--vlm", "mine"])
     common = dict(rounds=9, learning_rate=2e-3, seed=3, vlm="mine", out=str(tmp_path))
@@ -267,11 +276,15 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     row = found["proxy"][2]
     assert (row["beta"], row["hindsight's best round"]) == (0.1, 4)
     assert row["gold over its last five rounds"] == "-1.40"  # 0.1 less the mean of 4, 1, 0, 1
+    (_, r, best), (_, g, _) = [lines[2] for lines in drawn[0]]
+    assert (r[8], g[3], best) == (6, pytest.approx(-1.4), [3])
     threes = sum("three" in prompt for prompt in
                  training.spread_evenly(get_prompts("count"), 32)) / 32
     row = found["writing"][1]
     assert [row[name] for name in ("number written before", "number written after",
                                    "any digit after")] == [0, round(threes, 2), 1]
+    prompts, frames = runs.read_film(tmp_path / "overoptimization_writing_beta_0")
+    assert all("three" in prompts[i] for i in overoptimization.telling(prompts, frames[32]))
     assert {path.stem for path in tmp_path.glob("*.png")} == {
         f"overoptimization_{name}" for name in ("proxy", "noise", "writing", "writing_film")}
     assert list(overoptimization.main(["--only", "noise", *words, "--", "--vlm", "mine"])) == [
@@ -279,7 +292,9 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     assert len(fake_runs) == 6
 
 
-def test_tuning_gives_each_method_ten_settings_and_sorts_them(fake_runs, tmp_path):
+def test_tuning_gives_each_method_ten_settings_and_sorts_them(fake_runs, tmp_path, monkeypatch):
+    numbers = iter(range(50))
+    monkeypatch.setattr(tune.tables, "gains_of", lambda *_: {"reward after": str(next(numbers))})
     rows = tune.main(["--rounds", "8", "--seed", "7", "--out", str(tmp_path)])
     assert len(rows) == len(fake_runs) == 50
     for config, (method, rate, updates) in zip(fake_runs, [
@@ -287,7 +302,8 @@ def test_tuning_gives_each_method_ten_settings_and_sorts_them(fake_runs, tmp_pat
             for setting in settings], strict=True):
         assert (config.learning_rate, config.updates_per_round) == (rate, updates)
         assert (config.seed, config.rounds, config.prompts) == (7, 8, "tuning")
-        assert config.name.startswith(f"{method}_lr")
+        assert config.name.startswith(f"{method}_lr") and not config.anneal
+    assert [int(row["reward after"]) % 10 for row in rows] == 5 * list(range(9, -1, -1))
     assert [{k: str(v) for k, v in row.items()} for row in rows] == read(tmp_path / "tuning.csv")
 
 

@@ -58,14 +58,16 @@ def test_trajectories_take_what_a_rollouts_tensors_take(pipe):
     assert stays["a round's trajectories"] == 2 * (whole + prompts) + means
 
 
-def test_weights_of_learned_rewards_are_as_large_as_their_files_or_named_if_not_here():
+def test_weights_of_learned_rewards_are_as_large_as_their_files_or_named_if_not_here(pipe):
     stays, *_ = count("--reward alignment=1,aesthetic=2 --gold vlm_alignment --vlm judge "
                       "--clip nobody/clip", "04_dpok")
     for name, file in (("aesthetic: tiny_sd/aesthetic.safetensors", "aesthetic.safetensors"),
                        ("vlm_alignment: tiny_sd", "text_encoder/model.safetensors")):
         assert stays[name] == (models.HERE / "tiny_sd" / file).stat().st_size
     assert stays["aesthetic: nobody/clip"] is None and "vlm_alignment: judge" not in stays
-    assert stays["value function, moments, latest rounds"] > 0
+    stays, *_ = count("--value-rounds 1", "04_dpok")
+    V = memory.dpok.Value(pipe, memory.dpok.Config()).parameters()
+    assert stays["value function, moments, latest rounds"] == 3 * memory.bytes_of(V)
 
 
 def write_shapes(folder):

@@ -15,6 +15,7 @@ import tyro
 class Config:
     rounds: int = 3
     beta: float = 0.01
+    seed: int = 0
     prompts: str = "bias"
     layers: tuple[str, ...] = ("a", "b")
     meets: str | None = None  # a run in --out that must have begun
@@ -83,7 +84,8 @@ def test_missing_runs_are_started_once_and_as_they_are_printed(script, tmp_path,
 def test_a_finished_run_with_other_settings_is_refused_before_any_start(script, tmp_path):
     commands.train_missing({"a": [script]}, tmp_path)
     for flags, named in (("--beta 0.2", "a was made with --beta 0.01, not 0.2"),
-                         ("--layers a", "--layers"), ("--sd", "--rounds 3, not 7")):
+                         ("--layers a", "--layers"), ("--seed 1", "--seed 0, not 1"),
+                         ("--sd", "--rounds 3, not 7")):
         with pytest.raises(ValueError, match=named):
             commands.train_missing({"new": [script], "a": [script, *flags.split()]}, tmp_path)
     with pytest.raises(ValueError, match="--beta must be at least 0"):
@@ -117,6 +119,9 @@ def test_side_by_side_each_has_its_log_and_its_share_of_the_threads(script, tmp_
         typed = f"$ {commands.as_typed(words)} --name {name} --out {tmp_path}\n"
         assert (tmp_path / f"{name}.log").read_text() == f"{typed}I am {name} with threads: 3\n"
         assert typed in printed and f"I am {name}" not in printed
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")  # the reader's own choice
+    commands.train_missing({"z": [script]}, tmp_path, jobs=2)
+    assert "threads: 9" in (tmp_path / "z.log").read_text()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -130,7 +135,6 @@ def test_after_a_failure_none_is_started_and_those_that_run_are_waited_for(scrip
     assert finished(tmp_path) == ["a"] * (jobs > 1) and not (tmp_path / "c").exists()
     if jobs > 1:
         assert "ValueError: the loss is not finite" in (tmp_path / "b.log").read_text()
-
 
 
 def test_a_flag_that_is_passed_on_does_not_replace_the_runs_own(script, tmp_path):

@@ -65,6 +65,7 @@ def test_without_sizes_beside_its_weights_it_is_the_published_model():
         assert weights[f"blip.{key}"].shape == shape
     for part in (model.vision.config, model.text.config):
         assert part.hidden_size == 64 * part.num_attention_heads
+    assert model.vision.config.layer_norm_eps == 1e-6  # timm's, where transformers has 1e-5
 
 
 def test_a_name_on_the_hub_is_owner_repo_and_file(tmp_path, monkeypatch):
@@ -113,7 +114,8 @@ def test_token_embeddings_are_those_of_the_layer_and_know_special_tokens(layer, 
     assert torch.allclose(short, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, layers, want", [("roberta-large", 24, 17), ("my-bert", 3, 3)])
+@pytest.mark.parametrize("name, layers, want", [
+    ("roberta-large", 24, 17), ("tiny_sd/clip", 3, 3)])  # here, before what is beside the scripts
 def test_default_layer_is_the_bert_score_packages_else_the_last(name, layers, want, tmp_path,
                                                                 monkeypatch):
     monkeypatch.chdir(tmp_path)

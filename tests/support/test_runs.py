@@ -1,4 +1,5 @@
 """A run's folder: its name, what is logged and kept, and that it survives its process's end."""
+import io
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -177,13 +178,17 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     assert code == 0 and len(rounds_done) > 2
 
 
-def test_a_checkpoint_that_was_cut_off_is_named(tmp_path):
+def test_a_checkpoint_that_was_cut_off_is_named_and_a_whole_one_knows_its_seconds(tmp_path):
     config = Config(str(tmp_path))
     assert processes.ended(partial(train, config), tmp_path / "log", die_at=100) == -9
     checkpoint = tmp_path / "toy" / runs.CHECKPOINT
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    whole, config = checkpoint.read_bytes(), replace(config, resume=str(tmp_path / "toy"))
+    checkpoint.write_bytes(whole[:-9])
     with pytest.raises(ValueError, match=f"--resume: {checkpoint} cannot be read"):
-        train(replace(config, resume=str(tmp_path / "toy")))
+        train(config)
+    torch.save(torch.load(io.BytesIO(whole)) | {"seconds": 1e6}, checkpoint)
+    summary = (train(config).folder / "evaluation.json").read_text()
+    assert json.loads(summary)["seconds"] > 1e6  # those before the stop, too
 
 
 def test_labels_tell_folders_of_one_name_apart_and_a_folder_counts_once(tmp_path, monkeypatch):
