@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import figures
+from support import evaluation, figures
 
 GRAYS = [Image.new("RGB", (4, 4), (i, i, i)) for i in range(112)]
 
@@ -63,3 +63,19 @@ def test_curves_show_rounds_and_looks_each_in_its_own_panel(axes):
             ends = [list(bar[:, 1]) for bar in bars.get_segments()]
             for (low, high), row in zip(ends, wanted):
                 assert high - low == pytest.approx(2 * row[name + "_se"])
+
+
+def test_chapter_5s_dots_and_curves_are_of_the_right_column_and_model(axes):
+    summary = {"pretrained": {"a": (1.0, 0.1), "b": (2.0, 0.2)}, "M": {"a": (3.0, 0.3)}}
+    evaluation.draw_dots("d", summary, {"first": {"seen": "a"}, "second": {"seen": "b"}})
+    dots = [ax.containers[0][0].get_xydata().tolist() for ax in axes]
+    assert dots == [[[1, 0], [3, 1]], [[2, 0]]] and [ax.get_title() for ax in axes] == [
+        "first", "second"]
+    del axes[:]
+    points = {1: (0.0, 1.0), 4: (2.0, 3.0)}
+    summary = {name: {"reward": (r, 0.1), "gold": (g, 0.1)} for name, (r, g) in zip(
+        ("pretrained", "best of 4", "M"), (*points.values(), (5.0, 7.0)))}
+    evaluation.draw_best_of_n("n", summary, ["M"])
+    for k, ax in enumerate(axes):
+        assert ax.containers[0][0].get_xydata().tolist() == [[n, p[k]] for n, p in points.items()]
+        assert ax.lines[-1].get_ydata()[0] == (5, 7)[k]

@@ -84,6 +84,8 @@ def test_settings_left_out_of_the_schedulers_file_stay_those_of_latent_diffusion
     config = models.load_pipeline(folder, "cpu").scheduler.config
     assert (config.clip_sample, config.set_alpha_to_one, config.steps_offset) == (False, False, 1)
     assert (config.beta_start, config.prediction_type) == (0.001, "v_prediction")
+    edit(folder / "scheduler/scheduler_config.json", set_alpha_to_one=True)  # which is refused
+    assert models.load_pipeline(folder, "cpu").scheduler.config.set_alpha_to_one
 
 
 def half_precision_alone(folder):
@@ -183,9 +185,9 @@ def test_without_a_hub_an_unknown_name_fails_at_once_and_says_why(load, monkeypa
 def test_latent_prompt_and_picture_are_as_diffusers_has_them(pipe):
     wide = SimpleNamespace(sample_size=(6, 10), in_channels=3)
     assert models.latent_shape(SimpleNamespace(unet=SimpleNamespace(config=wide))) == (3, 6, 10)
-    c = models.encode_prompts(pipe, ["two blue squares", "", "two blue squares"])
+    c = models.encode_prompts(pipe, ["two blue squares", "two blue squares", ""])
     ids = pipe.tokenizer(["two blue squares", ""], padding="max_length", return_tensors="pt")
-    expected = pipe.text_encoder(ids.input_ids)[0][[0, 1, 0]]
+    expected = pipe.text_encoder(ids.input_ids)[0][[0, 0, 1]]
     torch.testing.assert_close(c, expected, rtol=0, atol=1e-6)
     x_0 = training.gaussian((19, 4, 8, 8), 0, "train")  # 16 and 3 at a time
     images = models.decode(pipe, x_0)
@@ -240,7 +242,7 @@ def test_the_reference_is_frozen_and_a_second_network_only_without_adapters(rank
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_of_a_run_that_went_on_from_another_is_what_that_one_ended_with(
         rank, tmp_path):
-    folders = [tmp_path / name for name in ("first", "second")]
+    folders, ends = [tmp_path / name for name in ("first", "second")], []
     for folder, start in zip(folders, ("tiny_sd", str(folders[0]))):
         folder.mkdir()
         pipe = models.load_pipeline(start, "cpu")
@@ -249,6 +251,9 @@ def test_the_reference_of_a_run_that_went_on_from_another_is_what_that_one_ended
         (folder / "config.json").write_text(json.dumps({"model": start, "method": "m"}))
         models.save_trained(pipe, folder)
         (folder / "evaluation.json").write_text("{}")
+        ends.append(predict(pipe))
+    torch.testing.assert_close(begun, ends[0], rtol=0, atol=1e-4)
+    assert (ends[1] - ends[0]).abs().max() > 1e-3
     loaded, reference = models.load_run(folders[1], "cpu")
     torch.testing.assert_close(predict(loaded), predict(pipe), rtol=0, atol=1e-4)
     with reference():

@@ -159,6 +159,14 @@ def test_killed_before_any_change_of_a_file_a_run_ends_with_the_same_bits(tmp_pa
     assert 60 < k < 200
 
 
+def test_a_file_is_replaced_whole_and_never_written_over(tmp_path):
+    path, old = tmp_path / "file", tmp_path / "old"
+    path.write_text("old")
+    old.hardlink_to(path)
+    runs.write_whole(path, b"new")
+    assert (path.read_text(), old.read_text()) == ("new", "old")
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     wanted = processes.left_behind(train(Config(str(tmp_path), "whole")).folder)
     log, rounds_done = tmp_path / "log", set()
