@@ -79,7 +79,7 @@ def hub_answers():
 
 @contextmanager
 def source_of(name, flag, wanted, file=""):
-    """What a library's loader takes for a name, and options for it; it may find `file` in a folder.
+    """What a library's loader takes for a name, and options for it.  file: see `find`.
 
     Whatever fails inside becomes one line.  wanted: what the name should be.
     """
@@ -101,7 +101,7 @@ def source_of(name, flag, wanted, file=""):
 
 
 def whole(loaded):
-    """What a library loaded; ValueError for what it made up, or left out, where files lack it."""
+    """What a library loaded; ValueError where files lack what it then makes up or leaves out."""
     missing = []
     if isinstance(loaded, tuple):  # transformers draws weights that are missing, and tells of it
         loaded, info = loaded
@@ -185,7 +185,7 @@ def check_pipeline(pipe):
         raise ValueError("its rescale_betas_zero_snr leaves no signal at the first step, where ε "
                          "says nothing of x_0")
     if not pipe.unet.config.sample_size:
-        raise ValueError("its UNet says no sample_size, so how large is a latent?")
+        raise ValueError("its UNet's config has no sample_size, the size of a latent")
 
 
 def set_timesteps(scheduler, num_steps):

@@ -92,7 +92,7 @@ def mean_se(values):
 
 
 def set_rate(optimizer, config, n):
-    """η_n = η·(1 − n/N) with --anneal, or η: the learning rate of round n = 0, 1, ... of N."""
+    """lr_n = lr·(1 − n/N) with --anneal, else lr: the learning rate of round n = 0 … N−1."""
     rate = config.learning_rate
     if config.anneal:
         rate = rate * (1 - n / config.rounds)

@@ -169,7 +169,7 @@ def test_reinforce_takes_one_step_a_round_along_sf_of_all_its_pictures(case, mon
 
 
 @pytest.mark.equation("DDPO_IS", "03_ddpo.train")
-@pytest.mark.equation("η_n", "support.training.set_rate")
+@pytest.mark.equation("lr_n", "support.training.set_rate")
 @pytest.mark.parametrize("case", CASES)
 def test_train_takes_k_steps_a_round_along_is_of_a_share_of_its_pictures(case, monkeypatch,
                                                                          tmp_path):
