@@ -1,10 +1,9 @@
 """05 · Evaluation: who is better, and at what price.
 
 WHAT YOU LEARN. A reward that went up proves little: every method here can raise it. So we measure
-what we *meant*, the gold reward, on which nothing was trained; how good and how different the
-pictures are; and what it cost: reward queries, UNet evaluations, and nats of path KL, E[Σ_t KL_t].
-And we ask whether a difference would come back with the next training. As in DPOK's experiments,
-each prompt has models of its own:
+what we *meant*, the gold reward, on which nothing was trained, and what it cost: reward queries,
+UNet evaluations, and nats of path KL, E[Σ_t KL_t]. And we ask whether a difference would come back
+with the next training. As in DPOK's experiments, each prompt has models of its own:
 
     SFT                 imitation of the best fifth of the pretrained pictures (DPOK, Figure 1a)
     DDPO_IS             chapter 3
@@ -19,13 +18,12 @@ two models, one number a seed, are independent, and tell of other seeds, on thes
     p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m), for m claims (Holm 1979)
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
-RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, then looks
-at run folders only, and writes runs/eval/index.html. EXPECT reinforcement learning to pass the
-ceiling on "four stars", where few pretrained pictures are good, and best of n to be ahead of it.
-TRY `--seeds 5` for verdicts, `--quick` for one prompt and two methods, and `--runs A B` to compare
-any run folders. DEPARTURES. Only learning rate and updates per round are tuned, and SFT's number of
-passes (experiments/tune.py). EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's
-run: `--prompts location --runs runs/ddpo_is_alignment_location`.
+RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, and writes
+runs/eval/index.html. EXPECT reinforcement learning to pass the ceiling on "four stars", where few
+pretrained pictures are good, and best of n to be ahead of it. TRY `--seeds 5` for verdicts,
+`--quick` for a short tour, `--runs A B` to compare any run folders. DEPARTURES. Only learning rate,
+updates per round and SFT's passes are tuned (experiments/tune.py). EXERCISES. (1) Which method is
+best per nat? (2) Evaluate chapter 3's run: `--prompts location --runs runs/ddpo_is_...`.
 """
 import math
 from contextlib import nullcontext
@@ -49,17 +47,16 @@ dpok = import_module("04_dpok")  # step_means, path_kl
 METHODS = {  # method -> its script, its flags, and those that were tuned
     "SFT": ("experiments/sft.py --data fixed --weights sparse",
             "--learning-rate 0.001 --updates-per-round 2 --passes 4"),
-    "DDPO_IS": ("03_ddpo.py --no-anneal", "--learning-rate 0.001 --updates-per-round 5"),
+    "DDPO_IS": ("03_ddpo.py --prompts-per-round 1 --no-anneal",
+                "--learning-rate 0.001 --updates-per-round 5"),
     "DPOK": ("04_dpok.py", "--learning-rate 0.001 --updates-per-round 20"),
     "DPOK_no_KL": ("04_dpok.py --beta 0", "--learning-rate 0.001 --updates-per-round 5")}
-CLAIMS = (  # a sentence; in what, read off where, which model should be above which
+CLAIMS = (  # a sentence; in what, read off where, and the first model is above the second
     ("RL is above imitation", "reward", "the end", "DPOK", "SFT"),
     ("RL is above all that imitation could reach", "reward", "the end", "DPOK", "ceiling"),
     ("With the KL term gold ends higher", "gold", "the end", "DPOK", "DPOK_no_KL"),
     ("With the KL term gold is higher at equal KL", "gold", "equal KL", "DPOK", "DPOK_no_KL"))
-SHARED = (  # flags of every training
-    "model", "reward", "rounds", "samples_per_prompt", "num_steps", "eta", "guidance_scale",
-    "lora_rank", "lora_targets", "seed")
+Method = Literal["SFT", "DDPO_IS", "DPOK", "DPOK_no_KL"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Config(rewards.RewardFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the hub
     runs: tuple[str, ...] = ()  # compare these run folders; default: train and compare METHODS
     prompts: tuple[str, ...] = ("an orange star", "four stars")  # each has models of its own
-    methods: tuple[Literal["SFT", "DDPO_IS", "DPOK", "DPOK_no_KL"], ...] = tuple(METHODS)  # to train
+    methods: tuple[Method, ...] = tuple(METHODS)  # what is trained
     reward: str = "image_reward"  # what all are trained on
     gold: str = "alignment"  # what is meant
     others: tuple[str, ...] = ("aesthetic",)  # only measured
@@ -85,11 +82,11 @@ class Config(rewards.RewardFlags):
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
     quick: bool = False  # a short tour: one prompt, two methods, 640 queries
     seed: int = 0  # of the first training and its evaluation's noise; the next has 1 more
-    out: str | None = None  # default: runs/eval; with a flag runs/quick or runs/eval_runs
+    out: str = "runs/eval"  # folder of the runs and of the page; with --quick runs/quick
     sd: bool = False  # the published settings for the full model become the defaults
 
 
-QUICK = dict(prompts=("an orange star",), methods=("SFT", "DPOK"), rounds=10)
+QUICK = dict(prompts=("an orange star",), methods=("SFT", "DPOK"), rounds=10, out="runs/quick")
 SD = flags.published("05_eval")
 
 # ---- is a difference more than chance? ------------------------------------------------------
@@ -159,47 +156,32 @@ def best_of_n_kl(n):
 # ---- trainings and their pictures -----------------------------------------------------------
 
 
-def command_of(method, prompt, config):
+def command_of(method, prompt, config, tuned=None):
     """The command of one training: script, flag, value, ...: what a reader could type."""
-    command, tuned = METHODS[method]
-    words = [*command.split(), "--prompts", prompt]
-    if words[0] != "03_ddpo.py":  # which measures no gold
-        words += ["--gold", config.gold]
-    words += ["--sd"] if config.sd else tuned.split()
-    words += commands.words_of(config, SHARED)
-    words += commands.changed_words(config, rewards.RewardFlags)
+    command, chosen = METHODS[method]
+    script, *words = command.split()
+    words += ["--prompts", prompt]
+    if not config.sd:  # which has published ones
+        words += (tuned or chosen).split()
+    words += commands.common_words(script, config)
     kept = max(1, config.rounds // 8)
-    return [*words, "--keep-every", str(kept), "--eval-samples", "16"]
+    return [script, *words, "--keep-every", str(kept), "--eval-samples", "16"]
 
 
 def train(config):
     """(prompt, model) -> the folder of its training; trains with config.seed what is missing."""
-    if config.runs:
-        labels = runs.labels(config.runs)
-        return {(prompt, model): labels[model] for prompt in config.prompts for model in labels}
+    folders, wanted = {}, {}
     out = Path(config.out, "train")
-    wanted, folders = {}, {}
     for prompt in config.prompts:
+        for label, folder in runs.labels(config.runs).items():
+            folders[prompt, label] = folder
         for method in config.methods:
-            name = runs.clean(f"{Path(prompt).stem}_{method}_seed{config.seed}")
-            wanted[name] = command_of(method, prompt, config)
-            folders[prompt, method] = out / name
+            if not config.runs:
+                name = runs.clean(f"{Path(prompt).stem}_{method}_seed{config.seed}")
+                folders[prompt, method] = out / name
+                wanted[name] = command_of(method, prompt, config)
     commands.train_missing(wanted, out, config.jobs)
     return folders
-
-
-def kept_weights(folder):
-    """Reward queries -> the weights after 1/8, 1/4, 1/2 of the rounds, where kept, and all."""
-    saved = models.read_config(folder)
-    pictures = saved["prompts_per_round"] * saved["samples_per_prompt"]
-    found = {}
-    for k in (1, 2, 4):
-        n = saved["rounds"] // 8 * k
-        weights = Path(folder, "rounds", f"{n:03d}")
-        if weights.is_dir():
-            found[n * pictures] = weights
-    found[saved["rounds"] * pictures] = Path(folder)
-    return found
 
 
 def read(pipe, reference, prompt, measures, config):
@@ -217,17 +199,17 @@ def read(pipe, reference, prompt, measures, config):
 
 
 def read_pool(pipe, prompt, measures, config):
-    """Model -> its measures: best of n, and the ceiling, from a pool of pretrained pictures."""
+    """Model -> one reading: best of n, and the ceiling, from a pool of pretrained pictures."""
     prompts = get_prompts(prompt) * config.pool
     images = mdp.rollout(pipe, prompts, config, "pool").images
     columns = measures.rewards_of(images, prompts)
     r = columns["reward"]
-    is_best = r >= r.quantile(0.8)
-    w = is_best / is_best.double().mean()
-    found = {"ceiling": means(columns, w)}
+    is_best = (r >= r.quantile(0.8)).double()
+    found = {"ceiling": [means(columns, is_best / is_best.mean())]}
     for n in config.best_of:
-        w = best_of_n_weights(r, n)
-        found[f"best of {n}"] = means(columns, w) | {"kl": best_of_n_kl(n)}
+        row = means(columns, best_of_n_weights(r, n))
+        row["kl"] = best_of_n_kl(n)
+        found[f"best of {n}"] = [row]
     return found
 
 
@@ -237,19 +219,21 @@ def read_all(folders, measures, config):
     readings, images = {}, {}
     pipe = models.load_pipeline(config.model, *machine)
     for prompt in config.prompts:
-        first, drawn = read(pipe, nullcontext, prompt, measures, config)
+        row, drawn = read(pipe, nullcontext, prompt, measures, config)
+        row["queries"] = 0
         images[prompt] = {"pretrained": drawn}
-        readings[prompt] = {"pretrained": [{"queries": 0} | first]}
+        readings[prompt] = {"pretrained": [row]}
         if len(get_prompts(prompt)) == 1:
-            pool = read_pool(pipe, prompt, measures, config)
-            readings[prompt] |= {model: [row] for model, row in pool.items()}
-    for prompt, model in tqdm(folders, f"reading, seed {config.seed}", unit="run"):
-        own = list(readings[prompt]["pretrained"])
-        for queries, weights in kept_weights(folders[prompt, model]).items():
+            readings[prompt] |= read_pool(pipe, prompt, measures, config)
+    for (prompt, model), folder in tqdm(folders.items(), "reading", unit="run"):
+        rows = list(readings[prompt]["pretrained"])
+        for queries, weights in runs.kept_weights(folder).items():
             pipe, reference = models.load_run(weights, *machine)
-            row, images[prompt][model] = read(pipe, reference, prompt, measures, config)
-            own.append({"queries": queries} | row)
-        readings[prompt][model] = own
+            row, drawn = read(pipe, reference, prompt, measures, config)
+            row["queries"] = queries
+            rows.append(row)
+        readings[prompt][model] = rows
+        images[prompt][model] = drawn
     return readings, images
 
 
@@ -264,7 +248,7 @@ def at_kl(readings, kl, column):
     return np.interp(kl, x, y)
 
 
-def difference(readings, column, place, a, b):
+def difference(readings, column, at, a, b):
     """d = a − b of one seed, the mean over prompts; at the end, or at the same path KL.
 
     The same path KL is the largest that both models have been read at, or passed.
@@ -272,8 +256,9 @@ def difference(readings, column, place, a, b):
     found = []
     for of_model in readings.values():
         rows_a, rows_b = of_model[a], of_model[b]
-        value_a, value_b = rows_a[-1][column], rows_b[-1][column]
-        if place == "equal KL":
+        value_a = rows_a[-1][column]
+        value_b = rows_b[-1][column]
+        if at == "equal KL":
             kl_a = max(row["kl"] for row in rows_a)
             kl_b = max(row["kl"] for row in rows_b)
             value_a = at_kl(rows_a, min(kl_a, kl_b), column)
@@ -282,45 +267,50 @@ def difference(readings, column, place, a, b):
     return np.mean(found)
 
 
-def claims(readings):
-    """The slides' claims with their figures; one that fails is a finding, and says so.
+def judge(rows, differences, level=0.05):
+    """Adds interval, corrected p, verdict, and the seeds that would tell, to each claim's row.
 
-    readings: a dict of read_all for each seed.
+    differences: for each row its d, one number a seed. All rows together are Holm's family.
     """
-    first = next(iter(readings[0].values()))
-    found = []
-    for claim, column, place, a, b in CLAIMS:
-        if a in first and b in first:
-            d = np.array([difference(of_seed, column, place, a, b) for of_seed in readings])
-            row = {"claim": claim, "column": column, "at": place, "a": a, "b": b}
-            found.append(row | interval(d))
-    adjusted = holm([row["p"] for row in found])
-    for row, p in zip(found, adjusted):
-        row["holm"] = p
-        row["verdict"] = verdict(row["mean"], p)
-    return found
+    for row, d in zip(rows, differences):
+        row |= interval(d)
+        row["seeds_needed"] = evaluation.seeds_needed(d, level / len(rows))
+    adjusted = holm([row["p"] for row in rows])
+    for row, p in zip(rows, adjusted):
+        row |= {"holm": p, "verdict": verdict(row["mean"], p, level)}
+    return rows
+
+
+def claims(readings):
+    """The slides' claims, judged.   readings: of each seed -> a row for each claim"""
+    of_all = set.intersection(*map(set, readings[0].values()))  # models that all prompts have
+    rows, differences = [], []
+    for claim, column, at, a, b in CLAIMS:
+        if {a, b} <= of_all:
+            d = [difference(of_seed, column, at, a, b) for of_seed in readings]
+            rows.append({"claim": claim, "column": column, "at": at, "a": a, "b": b})
+            differences.append(np.array(d))
+    return judge(rows, differences)
 
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD, QUICK)
-    name = "quick" if config.quick else "eval_runs" if config.runs else "eval"
-    config = replace(config, out=config.out or f"runs/{name}")
     for prompt in config.prompts:
         get_prompts(prompt)  # what is wrong with it fails here, before training
     flags.make_folder(config.out)
     measures = Measures(config, rewards)
-    seeds = 1 if config.runs else config.seeds
-    configs = [replace(config, seed=config.seed + i) for i in range(seeds)]
-    folders = [train(of_seed) for of_seed in configs]
     readings, images = [], []
-    for of_seed, trained in zip(configs, folders):
-        found, drawn = read_all(trained, measures, of_seed)
+    seeds = 1 if config.runs else config.seeds
+    for seed in range(config.seed, config.seed + seeds):
+        of_seed = replace(config, seed=seed)
+        folders = train(of_seed)
+        found, drawn = read_all(folders, measures, of_seed)
         readings.append(found)
         images.append(drawn)
     judged = []
     if seeds > 1 and not config.quick:
         judged = claims(readings)
-    lines = evaluation.write(config, readings, judged, folders[0], images[0])
+    lines = evaluation.write(config, readings, judged, folders, images[0])
     print("\n".join(lines))
     print(f"All of it on one page: {config.out}/index.html")
     return readings, judged

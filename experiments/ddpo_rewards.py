@@ -1,19 +1,19 @@
 """Which estimator learns DDPO's own rewards from the fewest queries? (DDPO, Figure 4)
 
 Chapter 3's two estimators beside reward-weighted regression, on three rewards that need no prompt,
-without a KL term, each with the same number of reward queries:
+without a KL term. Each pays 1,600 reward queries:
 
-    DDPO_IS, DDPO_SF    03_ddpo.py: importance sampling, score function
-    RWR, sparse RWR     sft.py --data fresh: few large rounds, as DDPO has them; the weights are
-                        exp(r/τ)/Z, or the best fifth of each prompt alone
+    DDPO_IS, DDPO_SF    03_ddpo.py: importance sampling, score function, 25 rounds
+    RWR, sparse RWR     sft.py --data fresh: one to four large rounds, as DDPO has them; weights are
+                        exp(r/τ)/Z, or 1 for the best fifth of each prompt's pictures
 
-All pay 1,600 queries. Each method has its own tuned settings (SETTINGS; `--tune` trains them all on a seed of their own and
-prints what they reach). The claims are DDPO's: importance sampling is above score functions, and
-these are above RWR, on each reward; six claims, corrected by Holm, with an interval over seeds.
+Each method has its best of as many settings (SETTINGS; `tune.py --experiment ddpo_rewards`). The
+claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
+reward: six claims, corrected by Holm, with an interval over seeds.
 
-RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: about a minute a training on one CPU
-core; what is finished is kept. WRITES run folders in --out, queries.csv with every look at fresh
-noise, claims.csv, and queries.png.
+RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: two minutes a training on one CPU core;
+what is finished is kept. WRITES run folders in --out, queries.csv with every look at fresh noise,
+claims.csv, and queries.png.
 """
 import sys
 from dataclasses import dataclass
@@ -25,25 +25,31 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, evaluation, figures, flags, runs  # noqa: E402
+from support import commands, evaluation, figures, flags, runs, training  # noqa: E402
 
-ev = import_module("05_eval")  # interval, holm, verdict
+ev = import_module("05_eval")  # judge
 
-SCRIPTS = {"DDPO_IS": "03_ddpo.py --estimator is --rounds 25",
-           "DDPO_SF": "03_ddpo.py --estimator sf --rounds 25",
-           "RWR": "experiments/sft.py --data fresh --weights rwr",
-           "sparse RWR": "experiments/sft.py --data fresh --weights sparse"}
-IS = ("--learning-rate 1e-4", "--learning-rate 2e-4", "--learning-rate 4e-4",
-      "--learning-rate 2e-4 --updates-per-round 4")
-SF = ("--learning-rate 1e-4", "--learning-rate 2e-4", "--learning-rate 4e-4",
-      "--learning-rate 8e-4")
-LARGE = "--lora-rank 0 --prompts-per-round 8 --samples-per-prompt"
-RWR = (f"{LARGE} 50 --rounds 4 --learning-rate 1e-4 --passes 4",
-       f"{LARGE} 50 --rounds 4 --learning-rate 1e-4 --passes 16",
-       f"{LARGE} 100 --rounds 2 --learning-rate 1e-4 --passes 16",
-       f"{LARGE} 200 --rounds 1 --learning-rate 1e-4 --passes 16")
-SETTINGS = {"DDPO_IS": IS, "DDPO_SF": SF, "RWR": RWR, "sparse RWR": RWR}
-CHOSEN = {"DDPO_IS": 1, "DDPO_SF": 2, "RWR": 1, "sparse RWR": 1}  # places in SETTINGS
+METHODS = {
+    "DDPO_IS": "03_ddpo.py --estimator is --rounds 25",
+    "DDPO_SF": "03_ddpo.py --estimator sf --rounds 25",
+    "RWR": "experiments/sft.py --data fresh --weights rwr --lora-rank 0 --prompts-per-round 8",
+    "sparse RWR": "experiments/sft.py --data fresh --weights sparse --lora-rank 0 "
+                  "--prompts-per-round 8"}
+RWR = (  # all make as many updates, of as many noisy pictures
+    "--rounds 4 --samples-per-prompt 50 --updates-per-round 40 --learning-rate 1e-4",
+    "--rounds 4 --samples-per-prompt 50 --updates-per-round 40 --learning-rate 4e-4",
+    "--rounds 2 --samples-per-prompt 100 --updates-per-round 80 --learning-rate 2e-4",
+    "--rounds 1 --samples-per-prompt 200 --updates-per-round 160 --learning-rate 2e-4")
+SETTINGS = {
+    "DDPO_IS": ("--learning-rate 1e-4", "--learning-rate 2e-4", "--learning-rate 4e-4",
+                "--learning-rate 2e-4 --updates-per-round 4"),
+    "DDPO_SF": ("--learning-rate 1e-4", "--learning-rate 2e-4", "--learning-rate 4e-4",
+                "--learning-rate 8e-4"),
+    "RWR": RWR,
+    "sparse RWR": RWR}
+CHOSEN = {"DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}  # places in SETTINGS
+TEMPERATURES = {  # τ: the spread of a prompt's pretrained pictures
+    "compressibility": 0.08, "incompressibility": 0.08, "aesthetic": 0.4}
 CLAIMS = (("DDPO_IS", "DDPO_SF"), ("DDPO_SF", "RWR"))  # the first is above the second
 Reward = Literal["compressibility", "incompressibility", "aesthetic"]
 
@@ -51,80 +57,76 @@ Reward = Literal["compressibility", "incompressibility", "aesthetic"]
 @dataclass(frozen=True)
 class Config:
     rewards: tuple[Reward, ...] = ("compressibility", "incompressibility", "aesthetic")
-    prompts: str = "color"  # what to draw: a prompt set of chapter 3, a file, or one prompt
     seeds: int = 1  # trainings of each; claims need two, better five
     seed: int = 10  # of the first of them
-    tune: bool = False  # train every one of SETTINGS, with a seed that no claim uses
     jobs: int = 1  # trainings side by side
     out: str = "runs/ddpo_rewards"  # folder of the runs and of what is written
     flags: tuple[str, ...] = ()  # further flags of every training
 
 
-def commands_of(config):
-    """(reward, method, setting, seed) -> the name of its run; and name -> command."""
-    names, wanted = {}, {}
+def command_of(method, reward, seed, setting=None):
+    """The command of one training, with its method's chosen setting or another one."""
+    words = METHODS[method].split()
+    words += (setting or SETTINGS[method][CHOSEN[method]]).split()
+    if method == "RWR":
+        words += ["--temperature", str(TEMPERATURES[reward])]
+    return [*words, "--reward", reward, "--prompts", "color", "--seed", str(seed)]
+
+
+def train(config):
+    """Trains what is missing.  -> a line for each look at fresh noise"""
+    wanted, places = {}, {}
     for reward in config.rewards:
-        for method, settings in SETTINGS.items():
-            places = range(len(settings)) if config.tune else [CHOSEN[method]]
-            for place in places:
-                for seed in range(config.seed, config.seed + config.seeds):
-                    name = f"{reward}_{method.replace(' ', '_')}_{place}_seed{seed}"
-                    names[reward, method, place, seed] = name
-                    wanted[name] = [*SCRIPTS[method].split(), *settings[place].split(),
-                                    "--reward", reward, "--prompts", config.prompts,
-                                    "--seed", str(seed), *config.flags]
-    return names, wanted
-
-
-def looks_of(config, names):
-    """A line for each look at fresh noise: reward, method, setting, seed, queries, mean, error."""
+        for method in METHODS:
+            for seed in range(config.seed, config.seed + config.seeds):
+                name = runs.clean(f"{reward} {method} seed{seed}")
+                wanted[name] = [*command_of(method, reward, seed), *config.flags]
+                places[name] = {"reward": reward, "method": method, "seed": seed}
+    commands.train_missing(wanted, config.out, config.jobs)
     rows = []
-    for (reward, method, place, seed), name in names.items():
-        setting = SETTINGS[method][place]
+    for name, place in places.items():
         for look in runs.read_rows(Path(config.out, name, "fresh.csv")):
-            rows.append({"reward": reward, "method": method, "setting": setting, "seed": seed,
-                         "queries": look["queries"], "mean": look["reward"],
-                         "error": look["reward_se"]})
+            rows.append(place | {"queries": look["queries"], "mean": look["reward"],
+                                 "error": look["reward_se"]})
     return rows
 
 
-def ends(looks, reward, method, setting=None):
-    """The last mean of each seed.  -> (S,)"""
-    last = {}
+def means_of(looks, reward, method):
+    """Queries -> the mean reward of each seed.  -> {queries: (S,)}, the last ones last"""
+    found = {}
     for look in looks:
         if (look["reward"], look["method"]) == (reward, method):
-            if setting in (None, look["setting"]):
-                last[look["seed"]] = look["mean"]
-    return np.array(list(last.values()))
+            found.setdefault(look["queries"], []).append(look["mean"])
+    return {queries: np.array(values) for queries, values in found.items()}
+
+
+def ends(looks, reward, method):
+    """The last mean of each seed.  -> (S,)"""
+    return list(means_of(looks, reward, method).values())[-1]
 
 
 def claims(looks, config):
-    """DDPO's claims with interval, corrected p and verdict, a line for each reward and pair."""
-    rows = []
+    """DDPO's claims, judged together: a line for each reward and pair."""
+    rows, differences = [], []
     for reward in config.rewards:
         for a, b in CLAIMS:
-            d = ends(looks, reward, a) - ends(looks, reward, b)
-            rows.append({"claim": f"{a} is above {b}", "a": a, "b": b, "column": reward,
-                         "at": "the end"} | ev.interval(d))
-    for row, p in zip(rows, ev.holm([row["p"] for row in rows])):
-        row["holm"], row["verdict"] = p, ev.verdict(row["mean"], p)
-    return rows
+            rows.append({"claim": f"{a} is above {b} on {reward}", "column": reward,
+                         "at": "the end", "a": a, "b": b})
+            differences.append(ends(looks, reward, a) - ends(looks, reward, b))
+    return ev.judge(rows, differences)
 
 
 def draw(path, looks, config):
     """Reward against queries, a panel a reward and a line a method; bands: s.d. over seeds."""
     figure = figures.Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
-    for ax, reward in zip(figure.subplots(1, len(config.rewards), squeeze=False)[0],
-                          config.rewards):
-        for k, method in enumerate(SCRIPTS):
-            at = {}
-            for look in looks:
-                if (look["reward"], look["method"]) == (reward, method):
-                    at.setdefault(look["queries"], []).append(look["mean"])
-            mean = np.array([np.mean(values) for values in at.values()])
-            spread = np.array([np.std(values) for values in at.values()])
-            ax.plot(list(at), mean, evaluation.DASHES[k], marker=".", label=method)
-            ax.fill_between(list(at), mean - spread, mean + spread, alpha=0.12)
+    panels = figure.subplots(1, len(config.rewards), squeeze=False)[0]
+    for ax, reward in zip(panels, config.rewards):
+        for k, method in enumerate(METHODS):
+            values = means_of(looks, reward, method)
+            queries, of_seeds = list(values), np.array(list(values.values()))
+            mean, spread = of_seeds.mean(1), of_seeds.std(1)
+            ax.plot(queries, mean, evaluation.DASHES[k], marker=".", label=method)
+            ax.fill_between(queries, mean - spread, mean + spread, alpha=0.12)
         ax.set(xlabel="reward queries", title=reward)
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -133,23 +135,19 @@ def draw(path, looks, config):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    names, wanted = commands_of(config)
-    commands.train_missing(wanted, config.out, config.jobs)
-    looks = looks_of(config, names)
+    looks = train(config)
     out = Path(config.out)
     runs.write_rows(out / "queries.csv", looks)
+    draw(out / "queries.png", looks, config)
     rows = []
-    for reward, method, place, seed in names:
-        if seed == config.seed:
-            setting = SETTINGS[method][place]
-            values = ends(looks, reward, method, setting)
-            mean, error = evaluation.mean_se(values)
-            rows.append({"reward": reward, "method": method, "setting": setting,
-                         "seeds": len(values), "at the end": evaluation.cell(mean, error)})
+    for method in METHODS:
+        row = {"method": method}
+        for reward in config.rewards:
+            row[reward] = evaluation.cell(*training.mean_se(ends(looks, reward, method)))
+        rows.append(row)
     print(tables.as_text(rows))
-    if not config.tune:
-        draw(out / "queries.png", looks, config)
-    if config.seeds > 1 and not config.tune:
+    runs.write_rows(out / "table.csv", rows)
+    if config.seeds > 1:
         judged = claims(looks, config)
         runs.write_rows(out / "claims.csv", [evaluation.rounded(claim) for claim in judged])
         print("\n".join(evaluation.sentence_of(claim) for claim in judged))

@@ -9,8 +9,8 @@ Draw pictures, score them, and train on them as in pretraining, the good ones we
 `--data fixed` is DPOK's Figure 1a: q = p_pre. A round adds as many pictures of the pretrained model
 as one of RL draws, and forgets none; what the tuned model draws meanwhile is only looked at.
 `--data fresh` is RWR as DDPO has it: q = p_θ as the round begins, and earlier rounds are forgotten.
-Either way a pass of K updates learns from as many noisy pictures as RL has pairs of picture and
-step; RL makes one.
+Either way a pass of K updates draws as many noisy pictures as RL has pairs of picture and step; RL
+makes one. Those whose weight is 0 are left out: they have no gradient.
 
 RUN `python experiments/sft.py`: three minutes on two CPU cores. EXPECT less gold than chapter 4's
 run, for more nats. TRY `--data fresh`, `--weights sparse`, or `--beta 1`. WRITES a run folder like
@@ -166,10 +166,12 @@ def train(config):
             rows = torch.from_numpy(stream.integers(len(weight), size=M))
             t = torch.from_numpy(stream.integers(num_timesteps, size=M))
             eps = training.gaussian((M, *shape), config.seed, "sft noise", n, update)
-            for batch in training.mine(M).split(config.train_batch_size):
-                i = rows[batch]
-                J = objective(pipe, reference, pictures, weight, i, t[batch], eps[batch], config)
-                loss = -J * len(batch) / M
+            j = torch.arange(M)
+            if config.beta == 0:
+                j = j[weight[rows] > 0]  # the others have no gradient, and cost nothing
+            for j, i in training.batches(j, rows[j], config.train_batch_size):
+                J = objective(pipe, reference, pictures, weight, i, t[j], eps[j], config)
+                loss = -J * len(j) / M
                 loss.backward()
             training.total_gradients(params)
             grad_norm = clip_grad_norm_(params, config.max_grad_norm)

@@ -109,8 +109,15 @@ def words_of(config, names):
     return words
 
 
-def changed_words(config, Base):
-    """Those fields of a Config's base class as words that have not their default value."""
-    changed = [field.name for field in fields(Base)
-               if getattr(config, field.name) != field.default]
-    return words_of(config, changed)
+def common_words(script, config, own=("prompts", "out")):
+    """The flags that a script has too, and where its default is another value; --sd first of all.
+
+    own: what the script gets of its own.
+    """
+    module = load_module(HERE / script)
+    sd = ["--sd"] if config.sd else []
+    default = flags.parse(module.Config, module.__doc__, sd, getattr(module, "SD", None))
+    names = [field.name for field in fields(default)
+             if field.name not in own and hasattr(config, field.name)
+             and getattr(config, field.name) != getattr(default, field.name)]
+    return sd + words_of(config, names)

@@ -69,8 +69,8 @@ def price(config):
 
     config: a run's config.json -> its reward queries and UNet evaluations. B pictures of T steps
     are drawn; RL learns from a share of them; g = 2 with guidance. Supervised learning has no
-    guidance, and `passes` times K updates of ⌊B·T/K⌋ noisy pictures. What is only looked at is
-    free.
+    guidance, and `passes` times K updates of ⌊B·T/K⌋ noisy pictures, of which sparse weights leave
+    a share (without a KL term). What is only looked at is free.
     """
     B = config["prompts_per_round"] * config["samples_per_prompt"]
     T = config["num_steps"]
@@ -78,8 +78,10 @@ def price(config):
     has_kl = config.get("beta", 0) > 0
     if config["method"].startswith("sft"):
         K = config["updates_per_round"]
-        N = B * T * g + config["passes"] * K * max(1, B * T // K) * (3 + has_kl)
+        is_sparse = config["weights"] == "sparse" and not has_kl
+        share = config["keep"] if is_sparse else 1
+        N = B * T * g + config["passes"] * K * max(1, B * T // K) * share * (3 + has_kl)
     else:
         steps = max(1, round(config["timestep_fraction"] * T))
         N = B * g * (T + 3 * steps + has_kl * T)
-    return config["rounds"] * B, config["rounds"] * N
+    return config["rounds"] * B, round(config["rounds"] * N)

@@ -349,6 +349,20 @@ def read_film(folder):
     return prompts, frames
 
 
+def kept_weights(folder):
+    """Reward queries -> the weights after 1/8, 1/4, 1/2 of the rounds, where kept, and all."""
+    saved = models.read_config(folder)
+    pictures = saved["prompts_per_round"] * saved["samples_per_prompt"]
+    found = {}
+    for k in (1, 2, 4):
+        n = saved["rounds"] // 8 * k
+        weights = Path(folder, "rounds", f"{n:03d}")
+        if weights.is_dir():
+            found[n * pictures] = weights
+    found[saved["rounds"] * pictures] = Path(folder)
+    return found
+
+
 def labels(folders):
     """Label -> folder of finished runs; a label is the end in which their paths differ."""
     if not folders:

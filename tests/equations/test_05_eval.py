@@ -15,7 +15,7 @@ from tests.equations.closed_forms import randn
 
 ev = import_module("05_eval")
 METHODS = {"SFT": ("experiments/sft.py", {"data": "fixed", "weights": "sparse"}),
-           "DDPO_IS": ("03_ddpo.py", {"anneal": False}),
+           "DDPO_IS": ("03_ddpo.py", {"anneal": False, "prompts_per_round": 1}),
            "DPOK": ("04_dpok.py", {"beta": 0.01}),
            "DPOK_no_KL": ("04_dpok.py", {"beta": 0.0})}
 
@@ -161,12 +161,11 @@ def test_each_command_has_the_methods_own_flag_all_shared_ones_and_no_other(word
         assert found == script
         module = import_module(script.removesuffix(".py").replace("/", "."))
         job = flags.parse(module.Config, None, rest, module.SD)
-        expected = {field.name: field.default for field in fields(job)}
-        if config.sd:
-            expected |= module.SD | {"sd": True}
-        else:
-            own_words = [*ev.METHODS[method][1].split()]
-            expected |= vars(flags.parse(module.Config, None, own_words)) | {}
+        of_method, tuned = ev.METHODS[method]
+        expected = vars(module.Config()) | module.SD | {"sd": True}
+        if not config.sd:
+            chosen = [*of_method.split()[1:], *tuned.split()]
+            expected = dict(vars(flags.parse(module.Config, None, chosen)))
         expected |= {field: getattr(config, field) for field in shared & expected.keys()}
         expected |= own | {"prompts": "two red stars", "keep_every": max(1, config.rounds // 8),
                            "eval_samples": 16}

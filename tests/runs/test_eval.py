@@ -1,4 +1,5 @@
 """Chapter 5 from run folders with random adapters to the page, against a plain second program."""
+import csv
 import json
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import commands, evaluation, models, runs
+from support import commands, evaluation, models
 from tests import oracles
 from tests.equations import closed_forms
 from tests.equations.closed_forms import lightness, warmth
@@ -45,8 +46,20 @@ def evaluate(out, *words):
         patch.setattr(commands, "train_missing", make_runs)
         found, judged = ev.main([*COMMON, *words, "--out", str(out)])
     return SimpleNamespace(out=out, found=found, judged=judged,
-                           rows=runs.read_rows(out / "readings.csv"),
+                           rows=rows_of(out / "readings.csv"),
                            page=(out / "index.html").read_text(encoding="utf-8"))
+
+
+def rows_of(path):
+    """A CSV file's lines: numbers as numbers, None where nothing stands."""
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    for row in rows:
+        for name, text in row.items():
+            try:
+                row[name] = float(text)
+            except ValueError:
+                row[name] = text or None
+    return rows
 
 
 def make_runs(wanted, out, jobs=1):
@@ -147,7 +160,7 @@ def test_verdicts_and_cells_are_those_of_readings_csv_alone(methods):
             spread = np.std(d, ddof=1) / 2**0.5
             assert claim["high"] - claim["mean"] == pytest.approx(12.7062 * spread, rel=1e-2)
     assert len(methods.judged) == len(ev.CLAIMS)
-    lines = {line["model"]: line for line in runs.read_rows(methods.out / "table.csv")}
+    lines = {line["model"]: line for line in rows_of(methods.out / "table.csv")}
     assert list(lines) == ["pretrained", "ceiling", "best of 1", "best of 3", *METHODS]
     gold = [np.mean([row["gold"] for row in ends["DPOK", seed]]) for seed in (5, 6)]
     error = np.std(gold, ddof=1) / 2**0.5
