@@ -148,22 +148,23 @@ EXERCISES = (
              "No pair is left out. The KL, too, is divided by ratio_root. Step weights are on the "
              "advantage. After a round's updates baseline.fit(trajectory, r, n), then run.log with "
              "gold=..., kl=... of each picture."),
-    Exercise("5.1", "05_eval.paired_interval", "an interval over seeds", 2,
-             "One difference for each seed; their mean divided by its error has a t-distribution.",
-             "a and b are arrays; scipy.stats is there as `stats`. Keys: mean, low, high, p."),
+    Exercise("5.1", "05_eval.interval", "an interval over seeds", 2,
+             "The mean of the differences divided by its error has a t-distribution.",
+             "d is an array; scipy.stats is there as `stats`. Keys: mean, low, high, p. s² has the "
+             "factor 1/(S − 1)."),
     Exercise("5.2", "05_eval.holm", "Holm's correction", 2,
              "The smallest p is multiplied by m, the next by m − 1; none may fall below one "
              "before it.",
              "p is a list of numbers, the result an array."),
-    Exercise("5.3", "05_eval.diversity", "diversity", 1,
+    Exercise("5.3", "support.measures.diversity", "diversity", 1,
              "A picture's distance to itself is 0, so sum over all and divide by N − 1."),
     Exercise("5.4", "05_eval.best_of_n_kl", "the KL of best of n", 1,
              "Integrate log(n·u^(n−1)) over the density n·u^(n−1) of the largest of n."),
-    Exercise("5.5", "05_eval.best_of_n", "best of n", 3,
-             "Keep the best so far of each request, and measure where n is asked for.",
-             "Draw max(config.best_of) times; that is the largest n. Of equal rewards the earlier "
-             'picture stays. measures.score("reward", images, prompts) is what chooses, and '
-             "measures.rows(requests, images, kl) measures, kl a list with a number for each."),
+    Exercise("5.5", "05_eval.best_of_n_weights", "best of n", 3,
+             "All n draws are up to r with probability F(r)ⁿ; the best is r itself with what that "
+             "grows by at r.",
+             "The pool's own pictures are what is drawn, so F counts them. The weights are in the "
+             "order of r, float64, and have mean 1."),
     Exercise("5.6", "experiments.sft.rwr_weights", "reward-weighted regression's weights", 2,
              "A softmax within each prompt, so that its weights have mean 1."),
     Exercise("5.7", "experiments.sft.sparse_weights", "sparse weights", 2,

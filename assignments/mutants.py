@@ -217,8 +217,9 @@ support.models.make_reference
     pipe.unet = tuned => pass  # the tuned model is not put back
     try: yield\nfinally: ... => yield\n...  # after an error inside, the tuned model is not put back
     => frozen = None  # the frozen network that is given is not used
-05_eval.paired_interval
-    => a, b = b, a  # the difference is a − b
+05_eval.interval
+    => d = -d  # the sign is that of d
+    d.std(ddof=1) => d.std()  # s² divides by S − 1
     _a / S ** 0.5 => _a  # the error of a mean is s/√S
     S - 1 => S  # there are S − 1 degrees of freedom
     _a.ppf(_b) => _a.ppf(0.95)  # an interval of 95 % leaves out 2.5 % on each side
@@ -230,7 +231,7 @@ support.models.make_reference
     np.maximum.accumulate(_a) => _a  # an adjusted p may not be below that of a smaller p
     np.arange(m, 0, -1) => np.arange(1, m + 1)  # the smallest p gets the largest factor
     adjusted[order] = _a => adjusted[:] = _a  # the results are in the order of the input
-05_eval.diversity
+support.measures.diversity
     1 - f @ f.T => f @ f.T  # this is similarity; distance is 1 − cos
     N - 1 => N  # a picture has N − 1 others
     _a.sum(1) => _a.sum()  # each picture has a number of its own
@@ -238,13 +239,14 @@ support.models.make_reference
 05_eval.best_of_n_kl
     return _a => return math.log(n)  # (n − 1)/n is taken off log n
     math.log(_a) => math.log2(_a)  # nats are asked for: the natural logarithm
-05_eval.best_of_n
-    r[i] > best_r[i] => best_r[i] == -math.inf or r[i] < best_r[i]  # the worst is kept
-    r[i] > best_r[i] => True  # the last is kept, not the best
-    r[i] > best_r[i] => r[i] >= best_r[i]  # of equal rewards the earlier picture stays
-    best_of_n_kl(_a) => best_of_n_kl(_a + 1)  # n is off by one
-    draw(_a, _b, _c, k) => draw(_a, _b, _c, 0)  # every draw has the same noise
-    list(best_images) => best_images  # all n share one list, so later draws change it
+05_eval.best_of_n_weights
+    => r = -r  # the worst is kept
+    N * _a => _a  # weights have mean 1, not sum 1
+    _a / m => _a  # pictures with the same reward share evenly
+    last - m => last - 1  # F(r⁻) leaves out all pictures with that very reward
+    w[place] => w[place.sort().values]  # the weights are in the order of r
+    (last / N) ** n => last / N  # all n draws are up to r: a power of n
+    ((last - m) / N) ** n => (last - m) / N  # all n draws are below r: a power of n
 experiments.sft.rwr_weights
     => temperature = 1 / temperature  # rewards are divided by the temperature τ
     _a * len(rows) => _a  # the weights of a prompt have mean 1, not sum 1

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
@@ -61,7 +62,7 @@ class Config:
     seed: int = 10  # of the first of them
     jobs: int = 1  # trainings side by side
     out: str = "runs/ddpo_rewards"  # folder of the runs and of what is written
-    flags: tuple[str, ...] = ()  # further flags of every training
+    flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for every training
 
 
 def command_of(method, reward, seed, setting=None):

@@ -166,6 +166,7 @@ def point_of(folder, config, reward, gold):
     point = {"kl": found["kl"].mean().item()}
     for name in ("reward", "gold"):
         point[name], point[f"{name}_se"] = training.mean_se(found[name])
+    point["least reward"] = point["reward"] - 2 * point["reward_se"]
     return point
 
 
@@ -177,15 +178,16 @@ def rows_of(names, *columns):
 def table_of(curve, others):
     """A line for each tenth point of the curve, best of n and each run: its KL lies between two.
 
-    No distribution has such a reward at less KL than the curve ("KL at least"), and Lemma 4.2 and
-    best of n's formula say what it is at most.
+    No distribution has such a reward at less KL than the curve ("KL at least"; of a run, whose
+    reward is not known exactly, with two standard errors less), and Lemma 4.2 and best of n's
+    formula say what it is at most.
     """
     every_tenth = curve[::-10][::-1]  # the last one too
     points = {f"β = {row['beta']:.3g}": row for row in every_tenth} | others
     rows = []
     for what, point in points.items():
-        row = {"what": what, "KL at least": f"{least_kl(curve, point['reward']):.4f}",
-               "KL at most": f"{point['kl']:.4f}"}
+        least = least_kl(curve, point.get("least reward", point["reward"]))
+        row = {"what": what, "KL at least": f"{least:.3g}", "KL at most": f"{point['kl']:.3g}"}
         for name in ("reward", "gold"):
             error = point[f"{name}_se"]
             row[name] = tables.rounded(point[name], error)

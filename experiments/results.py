@@ -11,21 +11,17 @@ import datetime
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import overoptimization, prompt_alignment, samples  # noqa: E402
-from experiments import sweep, tables, tune  # noqa: E402
-from support import commands, flags, runs  # noqa: E402
+from experiments import generalization, overoptimization, prompt_alignment  # noqa: E402
+from experiments import samples, sweep, tables, tune  # noqa: E402
+from support import commands, evaluation, flags, runs, training  # noqa: E402
 
-ev = import_module("05_eval")  # Config, commands_of
-
-RAW = ("model", "seed", "split", "family", "prompt", "reward", "gold", "aesthetic", "diversity")
-SHOWN = ("model", "reward", "gold", "gold bias", "gold unseen", "path_kl", "diversity")
+FRESH = ("--seeds", "5", "--seed", "10", "--jobs", "2")  # seeds that no tuning and no pilot used
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
@@ -33,8 +29,9 @@ FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "fr
            "overoptimization_noise_beta_0/film": "overoptimization_noise",
            "overoptimization_writing_film": "overoptimization_writing",
            "overoptimization_writing": "overoptimization_writing_curves",
-           "eval_seeds/queries": "eval_queries", "eval_seeds/best_of_n": "eval_best_of_n",
-           "eval_seeds/same_seeds": "eval_same_seeds"}
+           "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
+           "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
+           "ddpo_rewards/queries": "ddpo_rewards"}
 
 
 @dataclass(frozen=True)
@@ -58,43 +55,66 @@ def start(file, *command):
     return read(file)[1]
 
 
+def keep(file, name):
+    """The numbers from which a test finds each verdict again."""
+    rows = [{key: number(text) for key, text in row.items()} for row in read(file)[1]]
+    runs.write_rows(HERE / "raw" / f"{name}.csv", rows)
+
+
+def number(text):
+    """A number's text with five digits; other text as it is."""
+    try:
+        return f"{float(text):.5g}"
+    except ValueError:
+        return text
+
+
 def variance(out):
-    """The variance of the gradient with three baselines, relative to the second."""
+    """The variance of the gradient with three baselines, relative to the second, over seeds."""
     rows = []
     for prompts, words in VARIANCES.items():
-        file = out / f"variance_{prompts.replace(' ', '_')}" / "variance.csv"
-        row = {"flags": words or "(none: five prompts)", "seed": 0}
-        for line in start(file, "experiments/variance.py", *words.split()):
-            row[line["advantage"]] = line["relative"]
-        rows.append(row)
+        found = {}
+        for seed in (0, 1, 2):
+            folder = out / f"variance_{prompts.replace(' ', '_')}_seed{seed}"
+            command = ("experiments/variance.py", *words.split(), "--seed", str(seed))
+            for line in start(folder / "variance.csv", *command):
+                found.setdefault(line["advantage"], []).append(float(line["relative"]))
+        row = {"flags": words or "(none: five prompts)", "seeds": 3}
+        rows.append(row | {advantage: evaluation.cell(*training.mean_se(values))
+                           for advantage, values in found.items()})
     return rows
 
 
-def evaluation(folder, *words):
-    """Chapter 5's table: the columns that its text speaks of."""
-    lines = start(folder / "table.csv", "05_eval.py", *words)
-    return [{name: line[name] for name in SHOWN} for line in lines]
+def evaluated(out):
+    """Chapter 5's table over fresh seeds."""
+    lines = start(out / "table.csv", "05_eval.py", *FRESH)
+    keep(out / "readings.csv", "eval_readings")
+    return lines
 
 
-def claims(folder):
-    """Chapter 5's claims; every picture's values, from which a test finds each verdict again."""
-    pictures = [{name: row[name] for name in RAW} for row in read(folder / "samples.csv")[1]
-                if not row["model"].startswith("best of")]
-    runs.write_rows(HERE / "raw" / "eval_seeds.csv", pictures)
-    return read(folder / "claims.csv")[1]
+def ddpo_rewards(out):
+    """The table of DDPO's own rewards over fresh seeds."""
+    lines = start(out / "table.csv", "experiments/ddpo_rewards.py", *FRESH)
+    keep(out / "queries.csv", "ddpo_rewards_queries")
+    return lines
 
 
-def frontier(out):
-    """Chapter 5's methods, each trained on one prompt, under the curve that none can beat."""
-    wanted = ev.commands_of(ev.Config(prompts="bias", prompts_per_round=1, samples_per_prompt=80))
-    commands.train_missing(wanted, out / "train", jobs=2)
-    trained = [str(out / "train" / name) for name in wanted]
-    return start(out / "table.csv", "experiments/frontier.py", "--runs", *trained)
+def generalized(out):
+    """What carries over to prompts that no training saw, over fresh seeds."""
+    generalization.main([*FRESH, "--out", str(out)])
+    keep(out / "prompts.csv", "generalization_prompts")
+    return read(out / "table.csv")[1]
+
+
+def frontier(out, trained):
+    """Chapter 5's trainings on "four stars" under the curve that none can beat."""
+    folders = map(str, sorted(trained.glob("four_stars_*_seed10")))
+    return start(out / "table.csv", "experiments/frontier.py", "--runs", *folders)
 
 
 def stopping(out, trained):
-    """What is kept of each method's trainings, by the rule with three bounds and in hindsight."""
-    folders = map(str, sorted(trained.glob("*_seed?")))
+    """What is kept of chapter 5's trainings, by the rule with three bounds and in hindsight."""
+    folders = map(str, sorted(trained.glob("four_stars_*_seed??")))
     return start(out / "table.csv", "experiments/early_stopping.py", "--kl-bound", "100", "1000",
                  "inf", "--runs", *folders)
 
@@ -152,15 +172,21 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "ddpo_defaults": lambda out: chapter(out, "ddpo_defaults", "03_ddpo.py"),
     "dpok_defaults": lambda out: chapter(out, "dpok_defaults", "04_dpok.py"),
     "dpok_sweep": lambda out: sweep.main(["--out", str(out)]),
-    "eval_quick": lambda out: evaluation(out / "eval_quick", "--quick"),
-    "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
-    "eval_seeds": lambda out: evaluation(out / "eval_seeds", "--seeds", "5", "--jobs", "2"),
-    "eval_claims": lambda out: claims(out / "eval_seeds"),
-    "frontier": lambda out: frontier(out / "frontier"),
-    "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
     "variance": variance,
+    "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
+    "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
+    "eval_seeds": lambda out: evaluated(out / "eval_seeds"),
+    "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],
+    "ddpo_rewards_tuning": lambda out: tune.main([
+        "--experiment", "ddpo_rewards", "--jobs", "2", "--out", str(out / "ddpo_rewards_tuning")]),
+    "ddpo_rewards": lambda out: ddpo_rewards(out / "ddpo_rewards"),
+    "ddpo_rewards_claims": lambda out: read(out / "ddpo_rewards" / "claims.csv")[1],
+    "generalization": lambda out: generalized(out / "generalization"),
+    "frontier": lambda out: frontier(out / "frontier", out / "eval_seeds" / "train"),
+    "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
     "samples": lambda out: samples.main(["--out", str(out)]),
-    "prompt_alignment": lambda out: prompt_alignment.main(["--out", str(out)]),
+    "prompt_alignment": lambda out: prompt_alignment.main([
+        "--seeds", "3", "--jobs", "2", "--out", str(out / "prompt_alignment")]),
     "overoptimization": lambda out: overoptimized(out, "proxy"),
     "writing": lambda out: overoptimized(out, "writing")}
 

@@ -103,7 +103,9 @@ def sentence_of(claim):
     text = ("{verdict}: {claim}\n    {a} − {b}, {column} at {at}: {mean:+.3f} "
             "({low:+.3f} to {high:+.3f}), p = {holm:.2g}").format(**claim)
     if claim["verdict"] == "cannot be told":
-        text += f"; an effect of this size needs {claim['seeds_needed']:.0f} seeds"
+        seeds = claim["seeds_needed"]
+        number = seeds if math.isfinite(seeds) else "more than 100"
+        text += f"; to tell an effect of this size takes {number} seeds"
     return text
 
 

@@ -92,9 +92,10 @@ def draw(folder, prompts, seed, purpose=COMPARE):
                                    for chain in chains]
 
 
-def rewards_of(images):
-    return {"reward": warmth(images, None), "gold": lightness(images, None),
-            OTHER: ev.rewards.incompressibility(images, None)}
+def rewards_of(images, prompt):
+    prompts = [prompt] * len(images)
+    return {"reward": warmth(images, prompts), "gold": lightness(images, prompts),
+            OTHER: ev.rewards.incompressibility(images, prompts)}
 
 
 def row_of(rows, seed, prompt, model, queries=None):
@@ -115,7 +116,7 @@ def test_each_reading_is_what_its_weights_alone_give_on_the_seeds_noise(
             folder = folder / "rounds" / f"{queries // 4:03d}"
     images, path_kl = draw(folder, [prompt] * N, seed)
     row = row_of(methods.rows, seed, prompt, model, queries)
-    for name, values in (rewards_of(images) | {"kl": path_kl(pipe.unet)}).items():
+    for name, values in (rewards_of(images, prompt) | {"kl": path_kl(pipe.unet)}).items():
         error = np.std(values, ddof=1) / N**0.5
         assert (row[name], row[name + "_se"]) == pytest.approx(
             (np.mean(values), error), rel=5e-3, abs=0.02), name
@@ -132,7 +133,7 @@ def test_every_model_is_read_after_an_eighth_a_quarter_a_half_and_all(methods):
 @pytest.mark.parametrize("seed, prompt", [(5, "four stars"), (6, "an orange star")])
 def test_best_of_n_and_the_ceiling_are_of_the_seeds_own_pretrained_pictures(seed, prompt, methods):
     images, _ = draw(None, [prompt] * 9, seed, POOL)
-    values = rewards_of(images)
+    values = rewards_of(images, prompt)
     order = np.argsort(values["reward"])[::-1]
     row = row_of(methods.rows, seed, prompt, "ceiling")
     for name in values:  # the best fifth of nine are those that the 80 % quantile is not above

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import (frontier, lemma, make_tiny_sd, overoptimization, prompt_alignment, results,
-                         samples, sft, sweep, tune, variance)
+from experiments import (ddpo_rewards, frontier, generalization, lemma, make_tiny_sd,
+                         overoptimization, prompt_alignment, results, samples, sft, sweep, tune,
+                         variance)
 from support import commands, figures, flags, models, runs, training
 from support.prompts import get_prompts
 from tests.equations import closed_forms
@@ -41,13 +42,14 @@ def no_figures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("data, weights", [("fixed", "rwr"), ("fresh", "sparse")])
-def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path):
+@pytest.mark.parametrize("data, weights, beta", [
+    ("fixed", "rwr", 0.1), ("fresh", "sparse", 0.1), ("fixed", "sparse", 0.0)])
+def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, beta, tmp_path):
     """Round 2 has a prompt of round 1: weights over the pictures of both rounds are others."""
     names = ["a red circle", "an orange star", "three red squares"]
     (tmp_path / "prompts.txt").write_text("\n".join(names))
     words = [*TINY, "--data", data, "--weights", weights, "--temperature", "30", "--keep", "0.34",
-             "--beta", "0.1", "--prompts", f"{tmp_path}/prompts.txt", "--prompts-per-round", "2",
+             "--beta", str(beta), "--passes", "2", "--prompts", f"{tmp_path}/prompts.txt", "--prompts-per-round", "2",
              "--samples-per-prompt", "3", "--weight-decay", "0.5", "--train-batch-size", "4",
              "--anneal", "--out", str(tmp_path), "--name", "run"]
     run = sft.main(words)
@@ -73,7 +75,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path)
         w = {"rwr": sft.rwr_weights(r, prompts, 30.0),
              "sparse": sft.sparse_weights(r, prompts, 0.34)}[weights]
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - n / 2)
-        for update in range(2):
+        for update in range(4):
             stream = training.random_stream(5, "sft batches", n, update)
             rows = torch.from_numpy(stream.integers(len(prompts), size=9))
             t = torch.from_numpy(stream.integers(1000, size=9))
@@ -84,7 +86,7 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, tmp_path)
             eps_pre = pre.unet(x_t, t, encoder_hidden_states=c).sample.detach()
             now = pipe.unet(x_t, t, encoder_hidden_states=c).sample
             errors = [(now - target).square().mean((1, 2, 3)) for target in (eps, eps_pre)]
-            (w[rows] * errors[0] + 0.1 * errors[1]).mean().backward()
+            (w[rows] * errors[0] + beta * errors[1]).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     saved = [v.norm().item() for v in load_file(run.folder / models.ADAPTER).values()]
@@ -244,15 +246,29 @@ def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, mo
         [(len(name), 36, 0), (len(name), 36, 1)] for name in samples.REWARDS)]
 
 
-def test_alignment_trains_each_family_on_what_a_vlm_says(fake_runs, tmp_path):
-    rows = prompt_alignment.main(["--families", "location", "color", "--rounds", "7", "--out",
-                                  str(tmp_path), "--", "--seed", "3", "--vlm", "judge"])
+def of_folder(scores):
+    """Instead of drawing with a run's weights: what `scores` says of its folder's name."""
+    def judge(pipe, prompts, reward, settings, samples):
+        return torch.tensor([scores(pipe, prompt, settings.seed, samples) for prompt in prompts])
+
+    return judge
+
+
+def test_alignment_trains_each_family_on_what_a_vlm_says(fake_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_pipeline", lambda name, *_: name)
+    monkeypatch.setattr(models, "load_run", lambda folder, *_: (folder.name, None))
+    monkeypatch.setattr(generalization, "judge", of_folder(
+        lambda pipe, prompt, seed, samples: len(pipe) + 100.0 * seed + samples))
+    rows = prompt_alignment.main(["--families", "location", "color", "--seeds", "2", "--seed", "3",
+                                  "--samples", "7", "--out", str(tmp_path), "--", "--vlm", "judge"])
     assert fake_runs == [ddpo.Config(
-        reward="vlm_alignment", prompts=family, rounds=7, prompts_per_round=12, seed=3, vlm="judge",
-        samples_per_prompt=8, name=f"prompt_alignment_{family}", out=str(tmp_path))
-        for family in ("location", "color")]
-    assert [(row["family"], row["reward before"]) for row in rows] == [
-        ("location", "13.00"), ("color", "13.00")]
+        reward="vlm_alignment", prompts=family, seed=seed, vlm="judge",
+        name=f"{family}_seed{seed}", out=str(tmp_path))
+        for family in ("location", "color") for seed in (3, 4)]
+    assert rows[1] == {"family": "color", "seeds": 2, "proxy before": "13",
+                       "proxy after": "13", "gold before": "364±50", "gold after": "368±50"}
+    lines = read(tmp_path / "alignment.csv")
+    assert [line["gold after"] for line in lines] == ["321", "421", "318", "418"]
 
 
 def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tmp_path,
@@ -292,19 +308,110 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     assert len(fake_runs) == 6
 
 
-def test_tuning_gives_each_method_ten_settings_and_sorts_them(fake_runs, tmp_path, monkeypatch):
-    numbers = iter(range(50))
-    monkeypatch.setattr(tune.tables, "gains_of", lambda *_: {"reward after": str(next(numbers))})
-    rows = tune.main(["--rounds", "8", "--seed", "7", "--out", str(tmp_path)])
-    assert len(rows) == len(fake_runs) == 50
-    for config, (method, rate, updates) in zip(fake_runs, [
-            (method, *setting) for method, settings in tune.SETTINGS.items()
-            for setting in settings], strict=True):
-        assert (config.learning_rate, config.updates_per_round) == (rate, updates)
-        assert (config.seed, config.rounds, config.prompts) == (7, 8, "tuning")
-        assert config.name.startswith(f"{method}_lr") and not config.anneal
-    assert [int(row["reward after"]) % 10 for row in rows] == 5 * list(range(9, -1, -1))
-    assert [{k: str(v) for k, v in row.items()} for row in rows] == read(tmp_path / "tuning.csv")
+@pytest.mark.parametrize("experiment", ["eval", "ddpo_rewards"])
+def test_tuning_trains_all_settings_then_the_best_three_again_and_chooses_one(
+        experiment, fake_runs, tmp_path, monkeypatch):
+    """r is made up: the third setting wins with the first seed, by luck."""
+    table = {"eval": tune.SETTINGS, "ddpo_rewards": tune.ddpo_rewards.SETTINGS}[experiment]
+    luck = {100: [0.1, 0.5, 0.9, 0.3], 101: [9, 0.51, 0.2, 0.4], 102: [9, 0.52, 0.4, 0.2]}
+
+    def summary_of(folder):
+        (place,) = [k for settings in table.values() for k, setting in enumerate(settings)
+                    if runs.clean(f" {setting.replace('--', '')} ") in folder.name]
+        seed = models.read_config(folder)["seed"]
+        shift = 0 if "_0_seed" in folder.name else 0.2  # of the other prompt
+        return {"reward": {"after": luck[seed][place] + shift}}
+
+    monkeypatch.setattr(tune.tables, "summary_of", summary_of)
+    only = list(table)[1]
+    for method in list(table):
+        if method != only:
+            monkeypatch.delitem(table, method)
+    rows = tune.main(["--experiment", experiment, "--rounds", "8", "--out", str(tmp_path)])
+    each = 2 if experiment == "eval" else 1
+    assert len(fake_runs) == each * (4 + 2 * 3)
+    assert {config.seed for config in fake_runs[:4 * each]} == {100}
+    assert len({config.name for config in fake_runs}) == len(fake_runs)
+    if experiment == "eval":
+        assert {(config.prompts, config.rounds) for config in fake_runs} == {
+            (prompt, 8) for prompt in tune.PROMPTS}
+    settings = table[only]
+    assert [row["setting"] for row in rows] == [settings[k] for k in (1, 2, 3, 0)]
+    assert [row["chosen"] for row in rows] == ["chosen", "", "", ""]
+    assert [row["seeds"] for row in rows] == [3, 3, 3, 1]
+    values = [numbers[1] + 0.1 * (each - 1) for numbers in luck.values()]
+    assert (float(rows[0]["reward"]), float(rows[0]["se"])) == pytest.approx(
+        training.mean_se(values), abs=1e-3)
+
+
+def test_a_tie_goes_to_the_smaller_learning_rate():
+    found = {"--learning-rate 0.01": [1.0, 1.0], "--learning-rate 0.001 --passes 9": [0.995, 0.995],
+             "--learning-rate 0.0001": [0.98, 0.98], "--learning-rate 0.00001": [7.0],
+             "--learning-rate 0.002": [0.5, 1.9]}
+    assert tune.choose(found) == "--learning-rate 0.001 --passes 9"
+
+
+def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkeypatch):
+    """Fresh noise is made up: the seed moves all methods, and each has a place of its own."""
+    started = {}
+
+    def train_missing(wanted, out, jobs):
+        started.update(wanted)
+        for name, (script, *words) in wanted.items():
+            config = flags.parse(import_module(
+                script.removesuffix(".py").replace("/", ".")).Config, "", words)
+            paid = config.rounds * config.prompts_per_round * config.samples_per_prompt
+            place = {"is": 3, "sf": 2}.get(getattr(config, "estimator", None), 1)
+            looks = [{"queries": queries, "reward": config.seed + place * queries / paid,
+                      "reward_se": 0.5} for queries in (0, paid)]
+            Path(out, name).mkdir(parents=True)
+            runs.write_rows(Path(out, name, "fresh.csv"), looks)
+
+    monkeypatch.setattr(commands, "train_missing", train_missing)
+    rows = ddpo_rewards.main(["--rewards", "aesthetic", "compressibility", "--seeds", "3", "--seed",
+                              "4", "--out", str(tmp_path), "--", "--device", "cpu"])
+    assert len(started) == 2 * 4 * 3 and all(
+        words[-2:] == ["--device", "cpu"] for words in started.values())
+    assert rows[0] == {"method": "DDPO_IS", "aesthetic": "8.0±0.6", "compressibility": "8.0±0.6"}
+    looks = read(tmp_path / "queries.csv")
+    assert {look["queries"] for look in looks} == {"0.0", "1600.0"}
+    claims = read(tmp_path / "claims.csv")
+    assert [(line["claim"], line["mean"], line["p"]) for line in claims] == [
+        (f"{a} is above {b} on {reward}", "1", "1")  # all seeds alike say nothing of others
+        for reward in ("aesthetic", "compressibility") for a, b in ddpo_rewards.CLAIMS]
+    assert (tmp_path / "queries.png").is_file()
+    temperatures = {words[words.index("--reward") + 1]: words[words.index("--temperature") + 1]
+                    for words in started.values() if "--temperature" in words}
+    assert temperatures == {"aesthetic": "0.4", "compressibility": "0.08"}
+
+
+def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monkeypatch):
+    """Fresh noise is made up: a trained prompt gains 0.4, a new one 0.1 times its seed."""
+    trained = {}
+
+    def train_missing(wanted, out, jobs):
+        for name, (script, *words) in wanted.items():
+            config = flags.parse(ddpo.Config, "", words)
+            assert replace(config, prompts="", seed=0) == replace(ddpo.Config(), prompts="")
+            trained[config.seed] = get_prompts(config.prompts)
+
+    monkeypatch.setattr(commands, "train_missing", train_missing)
+    monkeypatch.setattr(models, "load_pipeline", lambda *_: "before")
+    monkeypatch.setattr(models, "load_run", lambda folder, *_: ("after", None))
+    monkeypatch.setattr(generalization, "judge", of_folder(
+        lambda pipe, prompt, seed, samples: len(prompt) + (pipe == "after") * (
+            0.4 if prompt in trained[seed] else 0.1 * seed)))
+    rows = generalization.main(["--prompts", "location", "--seeds", "2", "--seed", "1", "--out",
+                                str(tmp_path)])
+    everything = get_prompts("location")
+    for seed in (1, 2):
+        half = [row["prompt"] for row in rows if (row["seed"], row["half"]) == (seed, "trained")]
+        new = [row["prompt"] for row in rows if (row["seed"], row["half"]) == (seed, "new")]
+        assert half == trained[seed] and sorted(half + new) == sorted(everything)
+        assert len(half) == len(everything) // 2
+    assert set(trained[1]) != set(trained[2])
+    assert [line["gain"] for line in read(tmp_path / "table.csv")] == [
+        "0.4", "0.15±0.05", "0.4±0.1"]
 
 
 def test_results_keep_a_tables_head_and_render_it(tmp_path, monkeypatch, fake_runs):
@@ -330,7 +437,7 @@ def test_lemma_prints_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "ballot", "early_stopping", "frontier", "lemma", "make_rewards", "make_tiny_sd", "results",
+    "ballot", "ddpo_rewards", "early_stopping", "frontier", "generalization", "lemma", "make_rewards", "make_tiny_sd", "results",
     "sft", "tune", "variance"])  # those above are asked by what they start
 def test_no_flag_is_parsed_and_dropped(name):
     """A flag that chapters have may be read by them; all others must be read by the script."""

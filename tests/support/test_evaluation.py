@@ -38,7 +38,9 @@ def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_fi
     assert sentence == (f"holds: A wins\n    A − {NASTY}, gold at the end: +0.500 (-0.250 to "
                         "+1.250), p = 0.0012")
     untold = evaluation.sentence_of(claim | {"verdict": "cannot be told"})
-    assert untold.endswith("p = 0.0012; an effect of this size needs 7 seeds")
+    assert untold.endswith("p = 0.0012; to tell an effect of this size takes 7 seeds")
+    assert "takes more than 100 seeds" in evaluation.sentence_of(
+        claim | {"verdict": "cannot be told", "seeds_needed": math.inf})
     for name in evaluation.CAPTIONS:
         (tmp_path / f"{name}.png").write_bytes(b"one")
     config = SimpleNamespace(**vars(CONFIG) | {"out": tmp_path})

@@ -65,17 +65,50 @@ def test_curves_show_rounds_and_looks_each_in_its_own_panel(axes):
                 assert high - low == pytest.approx(2 * row[name + "_se"])
 
 
-def test_chapter_5s_dots_and_curves_are_of_the_right_column_and_model(axes):
-    summary = {"pretrained": {"a": (1.0, 0.1), "b": (2.0, 0.2)}, "M": {"a": (3.0, 0.3)}}
-    evaluation.draw_dots("d", summary, {"first": {"seen": "a"}, "second": {"seen": "b"}})
-    dots = [ax.containers[0][0].get_xydata().tolist() for ax in axes]
-    assert dots == [[[1, 0], [3, 1]], [[2, 0]]] and [ax.get_title() for ax in axes] == [
-        "first", "second"]
+def made_readings():
+    """Two seeds, two prompts: each number is made of seed, prompt, model and place."""
+    readings = []
+    for seed in (0.0, 2.0):
+        of_seed = {}
+        for k, prompt in enumerate("pq"):
+            of_seed[prompt] = {
+                model: [{"queries": 8 * n, "kl": 10 * n + j, "reward": seed + 100 * k + 10 * j + n,
+                         "gold": 1000 + seed + 100 * k + 10 * j + n} for n in places]
+                for j, (model, places) in enumerate(
+                    {"pretrained": [0], "ceiling": [0], "best of 4": [0], "M": [0, 1, 3]}.items())}
+        readings.append(of_seed)
+    return readings
+
+
+def test_chapter_5s_curves_and_dots_are_of_the_right_column_prompt_and_model(axes):
+    readings = made_readings()
+    evaluation.draw_curves("c", readings, {"reward": "R", "gold": "G"})
+    for ax, (k, column) in zip(axes, ((0, 0), (0, 1000), (1, 0), (1, 1000)), strict=True):
+        base = 1 + column + 100 * k  # the mean over seeds
+        curve, ceiling, best = (line.get_xydata().tolist() for line in ax.lines)
+        assert curve == [[8 * n, base + 30 + n] for n in (0, 1, 3)]
+        assert (ceiling[0][1], best[0][1]) == (base + 10, base + 20)
+    assert [ax.get_title() for ax in axes] == ["p: R", "p: G", "q: R", "q: G"]
     del axes[:]
-    points = {1: (0.0, 1.0), 4: (2.0, 3.0)}
-    summary = {name: {"reward": (r, 0.1), "gold": (g, 0.1)} for name, (r, g) in zip(
-        ("pretrained", "best of 4", "M"), (*points.values(), (5.0, 7.0)))}
-    evaluation.draw_best_of_n("n", summary, ["M"])
+    evaluation.draw_kl("k", readings, "G")
     for k, ax in enumerate(axes):
-        assert ax.containers[0][0].get_xydata().tolist() == [[n, p[k]] for n, p in points.items()]
-        assert ax.lines[-1].get_ydata()[0] == (5, 7)[k]
+        assert [line.get_xydata().tolist() for line in ax.lines] == [
+            [[10 * n + 3, 1000 + seed + 100 * k + 30 + n] for n in (0, 1, 3)] for seed in (0, 2)]
+    del axes[:]
+    evaluation.draw_scores("s", {name: evaluation.at_the_end(readings, name)
+                                 for name in ("reward", "gold")})
+    for ax, base in zip(axes, (51, 1051), strict=True):  # over seeds and prompts
+        dots = [dot[0].get_xydata()[0].tolist() for dot in ax.containers]
+        assert dots == [[base, 0], [base + 10, 1], [base + 20, 2], [base + 33, 3]]
+        assert ax.containers[3][2][0].get_segments()[0][:, 0].tolist() == [base + 32, base + 34]
+
+
+def test_the_same_noise_stands_in_a_column_for_every_model_and_prompt(monkeypatch):
+    sheets = []
+    monkeypatch.setattr(figures, "sheet", lambda *sheet, **_: sheets.append(sheet))
+    images = {prompt: {model: [f"{prompt} {model} {i}" for i in range(9)] for model in "AB"}
+              for prompt in "pq"}
+    evaluation.draw_same_seeds("s", images, most=5)
+    assert sheets == [("s", [["p A 0", "p A 1", "q A 0", "q A 1"],
+                             ["p B 0", "p B 1", "q B 0", "q B 1"]], ["A", "B"], list("ppqq"))]
+

@@ -86,6 +86,7 @@ def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkey
     ("04_dpok", "--guidance-scale 2 --timestep-fraction 0.5 --no-value", 0),
     ("experiments.sft", "--data fresh --passes 3", 8),
     ("experiments.sft", "--data fixed --beta 1", 16),
+    ("experiments.sft", "--data fresh --weights sparse --keep 0.5 --passes 20", 8),
     ("experiments.sft", "--data fresh --guidance-scale 2 --updates-per-round 3", 16)])
 def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path, monkeypatch):
     """looked_at: latents of a round's forward passes that no update needs, as of a logged KL."""
@@ -110,4 +111,7 @@ def test_price_is_what_the_unet_was_asked_for(script, words, looked_at, tmp_path
     monkeypatch.setattr(runs.Run, "rounds", rounds)
     run = import_module(script).main([*TINY, *words.split(), "--out", str(tmp_path)])
     config = models.read_config(run.folder)
-    assert measures.price(config) == (2 * 4, counts[0] - 2 * looked_at)
+    queries, evaluations = measures.price(config)
+    by_lot = 0.1 if "sparse" in words else 0  # how many of the drawn have a weight
+    assert queries == 2 * 4
+    assert evaluations == pytest.approx(counts[0] - 2 * looked_at, rel=by_lot)
