@@ -17,9 +17,10 @@ THE EQUATIONS. reward(images: list[PIL.Image], prompts: list[str]) -> B numbers,
 
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
-RUN `python 02_rewards.py` (30 s on a CPU): the mean of each prompt, rank correlations within
-prompts, and runs/02_rewards/best_worst.png. EXPECT image_reward and the vlm ones to agree with
-alignment in part, and compressibility not at all. TRY --vlm judge (then the judge of alignment
+RUN `python 02_rewards.py` (30 s on a CPU): the mean of each prompt, and of pure noise; rank
+correlations within prompts; runs/02_rewards/best_worst.png. EXPECT image_reward and the vlm ones to
+agree with alignment in part, compressibility not at all, and noise to please incompressibility
+alone. TRY --vlm judge (then the judge of alignment
 itself answers), and --sd --samples 4 (25 GB of weights).
 DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
 the published models, with the same classes and file formats (experiments/make_rewards.py).
@@ -292,8 +293,12 @@ def main(argv=None):
         # Training compares pictures of one prompt, so this does too.
         within.append((r - r.mean(1, keepdim=True)).flatten())
 
-    mean = torch.stack(mean, 1)  # a row for each prompt
-    print_table(f"mean of {config.samples}", scores, config.prompts, mean, digits=3)
+    first = prompts[:config.samples]
+    noise = models.decode(pipe, trajectory.latents[:config.samples, 0])  # x_T, as if it were x_0
+    of_noise = [score(reward, noise, first).mean() for reward in rewards]
+    mean = [*torch.stack(mean, 1), of_noise]  # a row for each prompt, and one for what is none
+    labels = [*config.prompts, f"(noise) {first[0]}"]
+    print_table(f"mean of {config.samples}", scores, labels, mean, digits=3)
     rho = []
     for r in within:
         rho.append([spearman(r, other) for other in within])

@@ -190,6 +190,9 @@ def test_twins_know_what_they_were_trained_on_and_not_all():
     assert 0.65 < right.double().mean() < 0.97
     truth = make_rewards.beauty(pairs[:, 0]).double()
     assert torch.corrcoef(torch.stack([score("aesthetic", 0), truth]))[0, 1] > 0.7
+    whole = score("aesthetic", 0)
+    pairs = make_rewards.broken_pictures(pairs[:, 0], seed=77)[:, None]
+    assert (score("aesthetic", 0) < whole.mean()).double().mean() > 0.95
 
 
 # ---- the twin of LLaVA ----------------------------------------------------------------------
