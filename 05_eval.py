@@ -62,13 +62,13 @@ Method = Literal["SFT", "DDPO_IS", "DPOK", "DPOK_no_KL"]
 @dataclass(frozen=True)
 class Config(rewards.RewardFlags):
     model: str = "tiny_sd"  # Stable Diffusion 1.x/2.x: a folder, or a name on the hub
-    runs: tuple[str, ...] = ()  # compare these run folders; default: train and compare METHODS
-    prompts: tuple[str, ...] = ("an orange star", "four stars")  # each has models of its own
+    runs: tuple[str, ...] = ()  # compare these run folders, and train nothing
+    prompts: tuple[str, ...] = ("an orange star", "four stars")  # each has its own models
     methods: tuple[Method, ...] = tuple(METHODS)  # what is trained
     reward: str = "image_reward"  # what all are trained on
     gold: str = "alignment"  # what is meant
     others: tuple[str, ...] = ("aesthetic",)  # only measured
-    rounds: int = 40  # rounds of training; models are read after 1/8, 1/4, 1/2 and all of them
+    rounds: int = 40  # of training; models are read after 1/8, 1/4, 1/2 and all of them
     samples_per_prompt: int = 64  # pictures of each of them
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # with adapters
@@ -81,7 +81,7 @@ class Config(rewards.RewardFlags):
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
     quick: bool = False  # a short tour: one prompt, two methods, 640 queries
-    seed: int = 0  # of the first training and its evaluation's noise; the next has 1 more
+    seed: int = 0  # of the first training and evaluation; the next has 1 more
     out: str = "runs/eval"  # folder of the runs and of the page; with --quick runs/quick
     sd: bool = False  # the published settings for the full model become the defaults
 

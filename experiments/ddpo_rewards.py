@@ -26,9 +26,9 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, evaluation, figures, flags, runs, training  # noqa: E402
+from support import commands, evaluation, flags, runs, training  # noqa: E402
 
-ev = import_module("05_eval")  # judge
+ev = import_module("05_eval")  # difference, judge
 
 METHODS = {
     "DDPO_IS": "03_ddpo.py --estimator is --rounds 25",
@@ -75,84 +75,57 @@ def command_of(method, reward, seed, setting=None):
 
 
 def train(config):
-    """Trains what is missing.  -> a line for each look at fresh noise"""
+    """Trains what is missing.  -> for each seed: reward -> method -> its looks at fresh noise"""
     wanted, places = {}, {}
-    for reward in config.rewards:
-        for method in METHODS:
-            for seed in range(config.seed, config.seed + config.seeds):
+    for seed in range(config.seed, config.seed + config.seeds):
+        for reward in config.rewards:
+            for method in METHODS:
                 name = runs.clean(f"{reward} {method} seed{seed}")
                 wanted[name] = [*command_of(method, reward, seed), *config.flags]
-                places[name] = {"reward": reward, "method": method, "seed": seed}
+                places[name] = seed - config.seed, reward, method
     commands.train_missing(wanted, config.out, config.jobs)
-    rows = []
-    for name, place in places.items():
-        for look in runs.read_rows(Path(config.out, name, "fresh.csv")):
-            rows.append(place | {"queries": look["queries"], "mean": look["reward"],
-                                 "error": look["reward_se"]})
-    return rows
+    readings = [{reward: {} for reward in config.rewards} for _ in range(config.seeds)]
+    for name, (k, reward, method) in places.items():
+        readings[k][reward][method] = runs.read_rows(Path(config.out, name, "fresh.csv"))
+    return readings
 
 
-def means_of(looks, reward, method):
-    """Queries -> the mean reward of each seed.  -> {queries: (S,)}, the last ones last"""
-    found = {}
-    for look in looks:
-        if (look["reward"], look["method"]) == (reward, method):
-            found.setdefault(look["queries"], []).append(look["mean"])
-    return {queries: np.array(values) for queries, values in found.items()}
+def alone(readings, reward):
+    """What has been read of one reward."""
+    return [{reward: of_seed[reward]} for of_seed in readings]
 
 
-def ends(looks, reward, method):
-    """The last mean of each seed.  -> (S,)"""
-    return list(means_of(looks, reward, method).values())[-1]
-
-
-def claims(looks, config):
+def claims(readings, config):
     """DDPO's claims, judged together: a line for each reward and pair."""
     rows, differences = [], []
     for reward in config.rewards:
         for a, b in CLAIMS:
-            rows.append({"claim": f"{a} is above {b} on {reward}", "column": reward,
+            d = [ev.difference(of_seed, "reward", "the end", a, b)
+                 for of_seed in alone(readings, reward)]
+            rows.append({"claim": f"{a} is above {b} on {reward}", "column": "reward",
                          "at": "the end", "a": a, "b": b})
-            differences.append(ends(looks, reward, a) - ends(looks, reward, b))
+            differences.append(np.array(d))
     return ev.judge(rows, differences)
-
-
-def draw(path, looks, config):
-    """Reward against queries, a panel a reward and a line a method; bands: s.d. over seeds."""
-    figure = figures.Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(config.rewards), squeeze=False)[0]
-    for ax, reward in zip(panels, config.rewards):
-        for k, method in enumerate(METHODS):
-            values = means_of(looks, reward, method)
-            queries, of_seeds = list(values), np.array(list(values.values()))
-            mean, spread = of_seeds.mean(1), of_seeds.std(1)
-            ax.plot(queries, mean, evaluation.DASHES[k], marker=".", label=method)
-            ax.fill_between(queries, mean - spread, mean + spread, alpha=0.12)
-        ax.set(xlabel="reward queries", title=reward)
-        ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.savefig(path)
 
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    looks = train(config)
+    readings = train(config)
     out = Path(config.out)
-    runs.write_rows(out / "queries.csv", looks)
-    draw(out / "queries.png", looks, config)
-    rows = []
-    for method in METHODS:
-        row = {"method": method}
-        for reward in config.rewards:
-            row[reward] = evaluation.cell(*training.mean_se(ends(looks, reward, method)))
-        rows.append(row)
-    print(tables.as_text(rows))
-    runs.write_rows(out / "table.csv", rows)
+    runs.write_rows(out / "queries.csv", evaluation.rows_of(readings, config.seed))
+    evaluation.draw_curves(out / "queries.png", readings, {"reward": "reward"})
+    table = [{"method": method} for method in METHODS]
+    for reward in config.rewards:
+        ends = evaluation.at_the_end(alone(readings, reward), "reward")
+        for row in table:
+            row[reward] = evaluation.cell(*training.mean_se(ends[row["method"]]))
+    runs.write_rows(out / "table.csv", table)
+    print(tables.as_text(table))
     if config.seeds > 1:
-        judged = claims(looks, config)
+        judged = claims(readings, config)
         runs.write_rows(out / "claims.csv", [evaluation.rounded(claim) for claim in judged])
         print("\n".join(evaluation.sentence_of(claim) for claim in judged))
-    return rows
+    return table
 
 
 if __name__ == "__main__":

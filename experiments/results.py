@@ -17,11 +17,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import generalization, overoptimization, prompt_alignment  # noqa: E402
-from experiments import samples, sweep, tables, tune  # noqa: E402
+from experiments import overoptimization, samples, sweep, tables, tune  # noqa: E402
 from support import commands, evaluation, flags, runs, training  # noqa: E402
 
-FRESH = ("--seeds", "5", "--seed", "10", "--jobs", "2")  # seeds that no tuning and no pilot used
+FRESH = ("--seeds", "5", "--seed", "10")  # seeds that no tuning and no pilot used
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
@@ -55,20 +54,6 @@ def start(file, *command):
     return read(file)[1]
 
 
-def keep(file, name):
-    """The numbers from which a test finds each verdict again."""
-    rows = [{key: number(text) for key, text in row.items()} for row in read(file)[1]]
-    runs.write_rows(HERE / "raw" / f"{name}.csv", rows)
-
-
-def number(text):
-    """A number's text with five digits; other text as it is."""
-    try:
-        return f"{float(text):.5g}"
-    except ValueError:
-        return text
-
-
 def variance(out):
     """The variance of the gradient with three baselines, relative to the second, over seeds."""
     rows = []
@@ -85,25 +70,11 @@ def variance(out):
     return rows
 
 
-def evaluated(out):
-    """Chapter 5's table over fresh seeds."""
-    lines = start(out / "table.csv", "05_eval.py", *FRESH)
-    keep(out / "readings.csv", "eval_readings")
+def fresh(out, script, raw, *words):
+    """The table of a script over fresh seeds; the numbers behind it go to raw/."""
+    lines = start(out / "table.csv", script, *words, "--jobs", "2")
+    shutil.copy(out / raw, HERE / "raw" / f"{out.name}_{raw}")
     return lines
-
-
-def ddpo_rewards(out):
-    """The table of DDPO's own rewards over fresh seeds."""
-    lines = start(out / "table.csv", "experiments/ddpo_rewards.py", *FRESH)
-    keep(out / "queries.csv", "ddpo_rewards_queries")
-    return lines
-
-
-def generalized(out):
-    """What carries over to prompts that no training saw, over fresh seeds."""
-    generalization.main([*FRESH, "--out", str(out)])
-    keep(out / "prompts.csv", "generalization_prompts")
-    return read(out / "table.csv")[1]
 
 
 def frontier(out, trained):
@@ -175,18 +146,21 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "variance": variance,
     "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
     "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
-    "eval_seeds": lambda out: evaluated(out / "eval_seeds"),
+    "eval_seeds": lambda out: fresh(out / "eval_seeds", "05_eval.py", "readings.csv", *FRESH),
     "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],
     "ddpo_rewards_tuning": lambda out: tune.main([
         "--experiment", "ddpo_rewards", "--jobs", "2", "--out", str(out / "ddpo_rewards_tuning")]),
-    "ddpo_rewards": lambda out: ddpo_rewards(out / "ddpo_rewards"),
+    "ddpo_rewards": lambda out: fresh(
+        out / "ddpo_rewards", "experiments/ddpo_rewards.py", "queries.csv", *FRESH),
     "ddpo_rewards_claims": lambda out: read(out / "ddpo_rewards" / "claims.csv")[1],
-    "generalization": lambda out: generalized(out / "generalization"),
+    "generalization": lambda out: fresh(
+        out / "generalization", "experiments/generalization.py", "prompts.csv", *FRESH),
+    "prompt_alignment": lambda out: fresh(
+        out / "prompt_alignment", "experiments/generalization.py", "prompts.csv", "--reward",
+        "vlm_alignment", "--prompts", "count", "composition", "location", "--seeds", "3"),
     "frontier": lambda out: frontier(out / "frontier", out / "eval_seeds" / "train"),
     "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
     "samples": lambda out: samples.main(["--out", str(out)]),
-    "prompt_alignment": lambda out: prompt_alignment.main([
-        "--seeds", "3", "--jobs", "2", "--out", str(out / "prompt_alignment")]),
     "overoptimization": lambda out: overoptimized(out, "proxy"),
     "writing": lambda out: overoptimized(out, "writing")}
 

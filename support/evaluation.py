@@ -208,11 +208,11 @@ def curves_of(readings, prompt):
 
 
 def draw_curves(path, readings, titles):
-    """Reward and gold against reward queries, a row a prompt."""
+    """Columns against reward queries, a panel each, a row a prompt.  titles: of the columns"""
     prompts = list(readings[0])
-    size = (10, 3.2 * len(prompts))
+    size = (5 * len(titles), 3.2 * len(prompts))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(len(prompts), 2, squeeze=False)
+    axes = figure.subplots(len(prompts), len(titles), squeeze=False)
     for row, prompt in zip(axes, prompts):
         for ax, (column, title) in zip(row, titles.items()):
             for k, (model, values) in enumerate(curves_of(readings, prompt).items()):
@@ -230,7 +230,7 @@ def draw_curves(path, readings, titles):
                                 xycoords=("axes fraction", "data"), textcoords="offset points")
             ax.set(xlabel="reward queries", title=f"{prompt}: {title}")
             ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(path)
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from experiments import (ddpo_rewards, frontier, generalization, lemma, make_tiny_sd,
-                         overoptimization, prompt_alignment, results, samples, sft, sweep, tune,
-                         variance)
+                         overoptimization, results, samples, sft, sweep, tune, variance)
 from support import commands, figures, flags, models, runs, training
 from support.prompts import get_prompts
 from tests.equations import closed_forms
@@ -246,31 +245,6 @@ def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, mo
         [(len(name), 36, 0), (len(name), 36, 1)] for name in samples.REWARDS)]
 
 
-def of_folder(scores):
-    """Instead of drawing with a run's weights: what `scores` says of its folder's name."""
-    def judge(pipe, prompts, reward, settings, samples):
-        return torch.tensor([scores(pipe, prompt, settings.seed, samples) for prompt in prompts])
-
-    return judge
-
-
-def test_alignment_trains_each_family_on_what_a_vlm_says(fake_runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_pipeline", lambda name, *_: name)
-    monkeypatch.setattr(models, "load_run", lambda folder, *_: (folder.name, None))
-    monkeypatch.setattr(generalization, "judge", of_folder(
-        lambda pipe, prompt, seed, samples: len(pipe) + 100.0 * seed + samples))
-    rows = prompt_alignment.main(["--families", "location", "color", "--seeds", "2", "--seed", "3",
-                                  "--samples", "7", "--out", str(tmp_path), "--", "--vlm", "judge"])
-    assert fake_runs == [ddpo.Config(
-        reward="vlm_alignment", prompts=family, seed=seed, vlm="judge",
-        name=f"{family}_seed{seed}", out=str(tmp_path))
-        for family in ("location", "color") for seed in (3, 4)]
-    assert rows[1] == {"family": "color", "seeds": 2, "proxy before": "13",
-                       "proxy after": "13", "gold before": "364±50", "gold after": "368±50"}
-    lines = read(tmp_path / "alignment.csv")
-    assert [line["gold after"] for line in lines] == ["321", "421", "318", "418"]
-
-
 def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tmp_path,
                                                                    monkeypatch):
     monkeypatch.setattr(overoptimization.reward_models, "load_vlm", lambda name, device: (
@@ -386,32 +360,53 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
 
 
 def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monkeypatch):
-    """Fresh noise is made up: a trained prompt gains 0.4, a new one 0.1 times its seed."""
+    """Judges are made up: a trained prompt gains 0.5, a new one 0.1 times its seed, in gold twice."""
     trained = {}
 
     def train_missing(wanted, out, jobs):
         for name, (script, *words) in wanted.items():
             config = flags.parse(ddpo.Config, "", words)
-            assert replace(config, prompts="", seed=0) == replace(ddpo.Config(), prompts="")
-            trained[config.seed] = get_prompts(config.prompts)
+            assert replace(config, prompts="", seed=0) == replace(
+                ddpo.Config(), prompts="", reward="compressibility", eta=0.5)
+            trained[config.seed, name.split("_")[0]] = get_prompts(config.prompts)
+            Path(out, name).mkdir()
+            runs.write_json(Path(out, name, "config.json"), asdict(config) | {"method": "x"})
+
+    def judge(pipe, prompts, judges, config, samples):
+        assert config.eta == 0.5 and samples == 3
+        assert [reward.__name__ for reward in judges.values()] == ["compressibility", "alignment"]
+        is_trained = prompts in trained.values()
+        gain = (pipe == "after") * (0.5 if is_trained else 0.1 * config.seed)
+        return {name: [k * gain + len(prompt) for prompt in prompts]
+                for k, name in enumerate(judges, 1)}
 
     monkeypatch.setattr(commands, "train_missing", train_missing)
     monkeypatch.setattr(models, "load_pipeline", lambda *_: "before")
     monkeypatch.setattr(models, "load_run", lambda folder, *_: ("after", None))
-    monkeypatch.setattr(generalization, "judge", of_folder(
-        lambda pipe, prompt, seed, samples: len(prompt) + (pipe == "after") * (
-            0.4 if prompt in trained[seed] else 0.1 * seed)))
-    rows = generalization.main(["--prompts", "location", "--seeds", "2", "--seed", "1", "--out",
-                                str(tmp_path)])
-    everything = get_prompts("location")
-    for seed in (1, 2):
-        half = [row["prompt"] for row in rows if (row["seed"], row["half"]) == (seed, "trained")]
-        new = [row["prompt"] for row in rows if (row["seed"], row["half"]) == (seed, "new")]
-        assert half == trained[seed] and sorted(half + new) == sorted(everything)
+    monkeypatch.setattr(generalization, "judge", judge)
+    table = generalization.main(["--prompts", "location", "color", "--reward", "compressibility",
+                                 "--samples", "3", "--seeds", "2", "--seed", "1", "--out",
+                                 str(tmp_path), "--", "--eta", "0.5"])
+    rows, everything = read(tmp_path / "prompts.csv"), get_prompts("location")
+    for seed in ("1", "2"):
+        half, new = ([row["prompt"] for row in rows if (row["family"], row["seed"], row["half"]) == (
+            "location", seed, name)] for name in generalization.HALVES)
+        assert half == trained[int(seed), "location"] and sorted(half + new) == sorted(everything)
         assert len(half) == len(everything) // 2
-    assert set(trained[1]) != set(trained[2])
-    assert [line["gain"] for line in read(tmp_path / "table.csv")] == [
-        "0.4", "0.15±0.05", "0.4±0.1"]
+    assert set(trained[1, "location"]) != set(trained[2, "location"])
+    assert [(line["reward gain"], line["gold gain"], line["share"]) for line in table[:2]] == [
+        ("0.5", "1", ""), ("0.15±0.05", "0.30±0.10", "0.30±0.10")]
+    assert [line["family"] for line in table] == ["location"] * 2 + ["color"] * 2
+
+
+def test_a_prompts_mean_is_that_of_its_own_pictures(pipe):
+    config = ddpo.Config(num_steps=2, seed=4, reward=REWARD)
+    prompts = ["a red circle", "four stars"]
+    found = generalization.judge(pipe, prompts, {"r": warmth, "g": lightness}, config, 3)
+    drawn = mdp.rollout(pipe, ["a red circle"] * 3 + ["four stars"] * 3, config, "compare")
+    for name, reward in (("r", warmth), ("g", lightness)):
+        values = reward(drawn.images, drawn.prompts)
+        assert found[name] == pytest.approx([sum(values[:3]) / 3, sum(values[3:]) / 3], rel=1e-5)
 
 
 def test_results_keep_a_tables_head_and_render_it(tmp_path, monkeypatch, fake_runs):
@@ -457,8 +452,7 @@ def test_no_flag_is_parsed_and_dropped(name):
     (lemma, "--eta 0", "--eta"), (sweep, "--betas", "--betas"), (sweep, "-- --beta 1", "--beta"),
     (sweep, "-- --rounds 0", "--rounds"), (samples, "-- --num-steps 0", "--num-steps"),
     (samples, "-- --reward 1", "--reward behind --"),
-    (prompt_alignment, "--families", "--families"),
-    (prompt_alignment, "-- --eta 2", "--eta"), (tune, "--rounds 0", "--rounds"),
+    (generalization, "--prompts nothing", "--prompts nothing"), (tune, "--rounds 0", "--rounds"),
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
     (overoptimization, "-- --value", "--value")])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):
