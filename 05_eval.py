@@ -86,7 +86,8 @@ class Config(rewards.RewardFlags):
     sd: bool = False  # the published settings for the full model become the defaults
 
 
-QUICK = dict(prompts=("an orange star",), methods=("SFT", "DPOK"), rounds=10, out="runs/quick")
+QUICK = dict(prompts=("an orange star",), methods=("SFT", "DPOK"), rounds=10, samples=64,
+             pool=320, out="runs/quick")
 SD = flags.published("05_eval")
 
 # ---- is a difference more than chance? ------------------------------------------------------
@@ -312,7 +313,6 @@ def main(argv=None):
         judged = claims(readings)
     lines = evaluation.write(config, readings, judged, folders, images[0])
     print("\n".join(lines))
-    print(f"All of it on one page: {config.out}/index.html")
     return readings, judged
 
 

@@ -6,6 +6,7 @@ at, with means and errors over pictures. folders: (prompt, model) -> run folder.
 import base64
 import html
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ td:first-child { text-align: left } tr:first-child { font-weight: bold }
 img { max-width: 100% } figure { margin: 24px 0 }"""
 NOTE = ("Means over prompts ± standard errors over seeds; kl is the path KL in nats, of best of n "
         "its bound; queries and UNet evaluations are a training's.")
+KL_TICKS = (0, 1, 3, 10, 30, 100, 300, 1000, 10000)
 DASHES = ("-", "--", "-.", ":")  # so that lines differ without color, too
 
 # ---- numbers --------------------------------------------------------------------------------
@@ -131,7 +133,8 @@ def write(config, readings, claims, folders, images):
         runs.write_rows(out / "claims.csv", [rounded(claim) for claim in claims])
     draw(config, readings, images)
     write_page(config, table, sentences)
-    return [*as_text(table), NOTE, "", *sentences]
+    page = f"All of it on one page: {out / 'index.html'}"
+    return [*as_text(table), *textwrap.wrap(NOTE, 100), "", *sentences, page]
 
 
 def rows_of(readings, seed):
@@ -176,7 +179,7 @@ def draw(config, readings, images):
     """All figures, one for each of CAPTIONS."""
     paths = {name: Path(config.out, f"{name}.png") for name in CAPTIONS}
     draw_same_seeds(paths["same_seeds"], images)
-    titles = {"reward": f"reward: {config.reward}", "gold": f"gold: {config.gold}"}
+    titles = {"reward": f"reward, {config.reward}", "gold": f"gold, {config.gold}"}
     draw_curves(paths["curves"], readings, titles)
     draw_kl(paths["kl"], readings, titles["gold"])
     names = ("reward", "gold", *config.others, "diversity")
@@ -226,8 +229,9 @@ def draw_curves(path, readings, titles):
                     is_ceiling = model == "ceiling"
                     ax.axhline(np.mean(values), ls=":" if is_ceiling else "-", lw=1,
                                color="k" if is_ceiling else "0.7")
-                    ax.annotate(model, (1, np.mean(values)), (-4, 2), size=7, ha="right",
-                                xycoords=("axes fraction", "data"), textcoords="offset points")
+                    if ax is row[0]:  # elsewhere they may lie on each other
+                        ax.annotate(model, (1, np.mean(values)), (-4, 2), size=7, ha="right",
+                                    xycoords=("axes fraction", "data"), textcoords="offset points")
             ax.set(xlabel="reward queries", title=f"{prompt}: {title}")
             ax.grid(alpha=0.3)
     figure.legend(*ax.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
@@ -244,6 +248,9 @@ def draw_kl(path, readings, title):
                 ax.plot(kl, gold, DASHES[k % 4], marker=".", color=f"C{k}", lw=1,
                         label=None if s else model)
         ax.set_xscale("asinh", linear_width=1)
+        ticks = [kl for kl in KL_TICKS if kl <= ax.get_xlim()[1]]
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.minorticks_off()
         ax.set(xlabel="path KL, nats", title=f"{prompt}: {title}")
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
