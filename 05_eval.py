@@ -202,8 +202,8 @@ def read(pipe, reference, prompt, measures, config):
 def read_pool(pipe, prompt, measures, config):
     """Model -> one reading: best of n, and the ceiling, from a pool of pretrained pictures."""
     prompts = get_prompts(prompt) * config.pool
-    images = mdp.rollout(pipe, prompts, config, "pool").images
-    columns = measures.rewards_of(images, prompts)
+    pool = mdp.rollout(pipe, prompts, config, "pool")
+    columns = measures.rewards_of(pool.images, prompts)
     r = columns["reward"]
     is_best = (r >= r.quantile(0.8)).double()
     found = {"ceiling": [means(columns, is_best / is_best.mean())]}
@@ -268,17 +268,17 @@ def difference(readings, column, at, a, b):
     return np.mean(found)
 
 
-def judge(rows, differences, level=0.05):
+def judge(rows, differences):
     """Adds interval, corrected p, verdict, and the seeds that would tell, to each claim's row.
 
     differences: for each row its d, one number a seed. All rows together are Holm's family.
     """
     for row, d in zip(rows, differences):
         row |= interval(d)
-        row["seeds_needed"] = evaluation.seeds_needed(d, level / len(rows))
+        row["seeds_needed"] = evaluation.seeds_needed(d, 0.05 / len(rows))
     adjusted = holm([row["p"] for row in rows])
     for row, p in zip(rows, adjusted):
-        row |= {"holm": p, "verdict": verdict(row["mean"], p, level)}
+        row |= {"holm": p, "verdict": verdict(row["mean"], p)}
     return rows
 
 
