@@ -94,7 +94,7 @@ def means(rows, family, half, column):
 
 
 def table_of(rows, config):
-    """A line for each family and half; with the trained half, the share of gold that carries over."""
+    """A line for each family and half; the share of gold that carries over."""
     table = []
     for family in config.prompts:
         gains = {}

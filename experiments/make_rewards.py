@@ -517,7 +517,8 @@ def measure(config, out, device):
     note(out, "aesthetic: correlation with fresh ratings", torch.corrcoef(both)[0, 1].item())
     broken = images_of(broken_pictures(fresh, seed))
     is_low = rewards.score(aesthetic, broken, captions) < ratings.mean()
-    note(out, "aesthetic: broken pictures below the mean of whole ones, %", 100 * is_low.double().mean())
+    share = 100 * is_low.double().mean().item()
+    note(out, "aesthetic: broken pictures below the mean of whole ones, %", share)
 
     pairs = {"drawn": drawn_pairs(500, seed + 1), "generated": generated_pairs(500, device, seed)}
     for name in ("image_reward", "vlm_strict", "vlm_alignment"):

@@ -103,7 +103,7 @@ def read(path):
 def write(name, rows):
     """A CSV file's new rows, device and date; its title, command and seeds stay what they are."""
     path = HERE / f"{name}.csv"
-    head, old = read(path)
+    head, old = read(path) if path.is_file() else ({"title": name}, [])
     if old == [{key: str(value) for key, value in row.items()} for row in rows]:
         return
     head["device"] = f"CPU, threads: {torch.get_num_threads()}"

@@ -28,8 +28,10 @@ ev = import_module("05_eval")  # Config, METHODS, command_of
 
 TIE = 0.01  # in the reward's unit
 PROMPTS = ("a purple circle", "four red circles")
-RL = ("--learning-rate 0.0003 --updates-per-round 20", "--learning-rate 0.001 --updates-per-round 5",
-      "--learning-rate 0.001 --updates-per-round 20", "--learning-rate 0.003 --updates-per-round 5")
+RL = ("--learning-rate 0.0003 --updates-per-round 20",
+      "--learning-rate 0.001 --updates-per-round 5",
+      "--learning-rate 0.001 --updates-per-round 20",
+      "--learning-rate 0.003 --updates-per-round 5")
 SETTINGS = {
     "SFT": ("--learning-rate 0.001 --passes 1", "--learning-rate 0.001 --passes 4",
             "--learning-rate 0.001 --passes 16", "--learning-rate 0.003 --passes 4"),

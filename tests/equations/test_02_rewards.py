@@ -299,9 +299,9 @@ def test_bradley_terry_loss_is_minus_the_log_of_the_chance_that_the_better_wins(
 
 MINE = """
 def first(images, prompts):
-    return [1, 2, 6, 20, 30, 10]
+    return [1, 2, 6, 20, 30, 10][:len(images)]
 def second(images, prompts):
-    return [2, 1, 3, 6, 5, 4]
+    return [2, 1, 3, 6, 5, 4][:len(images)]
 def light(images, prompts):
     return [sum(image.convert("L").tobytes()) / 4096 for image in images]
 """
@@ -320,14 +320,17 @@ def test_main_draws_with_its_flags_and_prints_means_and_rank_correlations(
     _, images, prompts, scores, show = shown
     config = SimpleNamespace(num_steps=3, eta=0.5, guidance_scale=2.0, batch_size=100, seed=4)
     assert prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3 and show == 2 and len(scores) == 4
-    want = rewards.mdp.rollout(pipe, prompts, config, "examples").images
-    assert np.abs(np.stack(images).astype(int) - np.stack(want)).max() <= 1
+    drawn = rewards.mdp.rollout(pipe, prompts, config, "examples")
+    assert np.abs(np.stack(images).astype(int) - np.stack(drawn.images)).max() <= 1
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     light = np.stack([image.convert("L") for image in images]).reshape(2, -1).mean(1)
     for row, prompt, mean, others in zip(rows[1:3], PROMPTS, light, ([3, 2, 4], [20, 5, 10])):
         assert " ".join(row[:-4]) == prompt
         assert [float(word) for word in row[-4:]] == pytest.approx([*others, mean], abs=1e-3)
+    noise = rewards.models.decode(pipe, drawn.latents[:3, 0])
+    assert rows[3][0] == "(noise)" and float(rows[3][-1]) == pytest.approx(
+        np.mean([image.convert("L") for image in noise]), abs=0.1)
     # Less each prompt's mean: −2 −1 3 0 10 −10 and 0 −1 1 1 0 −1, of ranks 2 3 5 4 6 1 and
     # 3½ 1½ 5½ 5½ 3½ 1½: ρ = 10 / √(17.5 · 16).
-    assert [row[-4:-1] for row in rows[5:8]] == [
+    assert [row[-4:-1] for row in rows[6:9]] == [
         ["1.00", "0.60", "0.60"], ["0.60", "1.00", "1.00"], ["0.60", "1.00", "1.00"]]

@@ -101,7 +101,7 @@ def test_both_runs_draw_as_they_were_trained_on_equal_noise(pipe, tmp_path, monk
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"method": "ddpo_is"}))
     monkeypatch.chdir(tmp_path)
-    ballot.main(["A", "B", "--prompts", "tasks", "--pairs", "2", "--out", "new"])
+    ballot.main(["A", "B", "--prompts", "tasks", "--pairs", "10", "--out", "new"])
     page = Path("new/ballot.html").read_text(encoding="utf-8")
     pairs = json.loads(re.search(r"const BALLOT = (.*);\n", page)[1])["pairs"]
     assert len(pairs) == 10 and all(pair["left"] == pair["right"] for pair in pairs)  # one model

@@ -48,7 +48,8 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, beta, tmp
     names = ["a red circle", "an orange star", "three red squares"]
     (tmp_path / "prompts.txt").write_text("\n".join(names))
     words = [*TINY, "--data", data, "--weights", weights, "--temperature", "30", "--keep", "0.34",
-             "--beta", str(beta), "--passes", "2", "--prompts", f"{tmp_path}/prompts.txt", "--prompts-per-round", "2",
+             "--beta", str(beta), "--passes", "2", "--prompts", f"{tmp_path}/prompts.txt",
+             "--prompts-per-round", "2",
              "--samples-per-prompt", "3", "--weight-decay", "0.5", "--train-batch-size", "4",
              "--anneal", "--out", str(tmp_path), "--name", "run"]
     run = sft.main(words)
@@ -360,7 +361,7 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
 
 
 def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monkeypatch):
-    """Judges are made up: a trained prompt gains 0.5, a new one 0.1 times its seed, in gold twice."""
+    """Judges are made up: a trained prompt gains 0.5, a new one seed/10, in gold twice as much."""
     trained = {}
 
     def train_missing(wanted, out, jobs):
@@ -389,8 +390,9 @@ def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monk
                                  str(tmp_path), "--", "--eta", "0.5"])
     rows, everything = read(tmp_path / "prompts.csv"), get_prompts("location")
     for seed in ("1", "2"):
-        half, new = ([row["prompt"] for row in rows if (row["family"], row["seed"], row["half"]) == (
-            "location", seed, name)] for name in generalization.HALVES)
+        of_seed = [row for row in rows if (row["family"], row["seed"]) == ("location", seed)]
+        half, new = ([row["prompt"] for row in of_seed if row["half"] == name]
+                     for name in generalization.HALVES)
         assert half == trained[int(seed), "location"] and sorted(half + new) == sorted(everything)
         assert len(half) == len(everything) // 2
     assert set(trained[1, "location"]) != set(trained[2, "location"])
@@ -432,7 +434,8 @@ def test_lemma_prints_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "ballot", "ddpo_rewards", "early_stopping", "frontier", "generalization", "lemma", "make_rewards", "make_tiny_sd", "results",
+    "ballot", "ddpo_rewards", "early_stopping", "frontier", "generalization", "lemma",
+    "make_rewards", "make_tiny_sd", "results",
     "sft", "tune", "variance"])  # those above are asked by what they start
 def test_no_flag_is_parsed_and_dropped(name):
     """A flag that chapters have may be read by them; all others must be read by the script."""

@@ -28,7 +28,8 @@ def test_a_number_has_as_many_digits_as_its_error_knows(mean, error, text):
 
 def test_the_terminals_table_has_the_columns_that_a_terminal_has_room_for():
     lines = [["model", "reward", "wide", "gold"], ["A", "-0.44±0.03", "x" * 75, "1"]]
-    assert evaluation.as_text(lines) == ["model             reward  gold", "A             -0.44±0.03     1"]
+    assert evaluation.as_text(lines) == [
+        "model             reward  gold", "A             -0.44±0.03     1"]
 
 
 def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_file(tmp_path):
