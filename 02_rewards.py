@@ -20,8 +20,8 @@ The last is our *gold* reward, what we mean. image_reward and the vlm ones stand
 RUN `python 02_rewards.py` (30 s on a CPU): the mean of each prompt, and of pure noise; rank
 correlations within prompts; runs/02_rewards/best_worst.png. EXPECT image_reward and the vlm ones to
 agree with alignment in part, compressibility not at all, and noise to please incompressibility
-alone. TRY --vlm judge (then the judge of alignment
-itself answers), and --sd --samples 4 (25 GB of weights).
+alone. TRY --vlm judge (then the judge of alignment itself answers), and --sd --samples 4 (25 GB of
+weights).
 DEPARTURES. DDPO sends LLaVA a JPEG of quality 80, we the picture. The defaults are small *twins* of
 the published models, with the same classes and file formats (experiments/make_rewards.py).
 EXERCISES. (1) Write a reward that pays for blue, --rewards my.py:blue: which prompt's mean is the
