@@ -10,9 +10,9 @@ A lucky seed raises the mean, but the standard error too. What is within 0.01 of
 tie. The prompts and seeds are no claim's: settings of chapter 5 are judged on one prompt like "an
 orange star" and one like "four stars" (r is the mean over both), at half of its queries.
 
-RUN `python experiments/tune.py --jobs 2`: 80 trainings, two hours on two CPU cores; what is finished
-is kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone. WRITES run
-folders in --out, and tuning.csv with a line for each setting, the chosen ones first.
+RUN `python experiments/tune.py --jobs 2`: 80 trainings, two hours on two CPU cores; what is
+finished is kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.
+WRITES run folders in --out, and tuning.csv with a line for each setting, the chosen ones first.
 """
 import sys
 from dataclasses import dataclass
