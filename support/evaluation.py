@@ -69,6 +69,8 @@ def at_the_end(readings, column):
 
 def cell(mean, error):
     """Mean ± s.e. to the error's first digit; three digits of a mean without an error."""
+    if math.isnan(mean):
+        return "–"
     if not error > 0:
         return f"{mean:.0f}" if abs(mean) >= 100 else f"{mean:.3g}"
     digits = min(4, max(0, -math.floor(math.log10(error))))
@@ -92,7 +94,8 @@ def table_of(readings, folders, columns):
 
 def as_text(lines, width=100):
     """The table's first columns that fit the width.  -> lines of text"""
-    shown = [[line[0].ljust(12) for line in lines]]
+    first = max(12, *(len(line[0]) for line in lines))
+    shown = [[line[0].ljust(first) for line in lines]]
     for column in list(zip(*lines))[1:]:
         size = max(map(len, column))
         if sum(len(cells[0]) + 2 for cells in shown) + size <= width:
