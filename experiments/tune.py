@@ -2,7 +2,8 @@
 
 Who compares a tuned method with one that is not, compares the tuning. So each method gets the same
 number of settings, in two stages: all of them with one seed, then the best three with two seeds
-more. With r the mean learned reward on fresh noise after training, one number a seed,
+more. With r the mean learned reward of 128 pictures from fresh noise after training, one number a
+seed,
 
     chosen = argmax over the best three of mean(r) − s.e.(r),  ties to the smaller learning rate
 
@@ -18,15 +19,20 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import ddpo_rewards, tables  # noqa: E402
-from support import commands, flags, runs, training  # noqa: E402
+from support import commands, flags, models, runs, training  # noqa: E402
+from support.prompts import get_prompts  # noqa: E402
 
+mdp = import_module("01_mdp")  # rollout
+rewards = import_module("02_rewards")  # get_reward, score
 ev = import_module("05_eval")  # Config, METHODS, command_of
 
 TIE = 0.01  # in the reward's unit
+SAMPLES = 128  # pictures of each training that its r is of
 PROMPTS = ("a purple circle", "four red circles")
 RL = ("--learning-rate 0.0003 --updates-per-round 20",
       "--learning-rate 0.001 --updates-per-round 5",
@@ -57,6 +63,20 @@ def commands_of(method, setting, seed, config):
     return [ev.command_of(method, prompt, shared, setting) for prompt in PROMPTS]
 
 
+def reward_of(folder):
+    """The mean reward of a finished training, on its own prompts; kept beside it."""
+    file = folder / "tuning.csv"
+    if not file.is_file():
+        settings = SimpleNamespace(**models.read_config(folder))
+        reward = rewards.get_reward(settings.reward, settings)
+        pipe, _ = models.load_run(folder)
+        prompts = training.spread_evenly(get_prompts(settings.prompts), SAMPLES)
+        images = mdp.rollout(pipe, prompts, settings, "compare").images
+        r = rewards.score(reward, images, prompts)
+        runs.write_rows(file, [{"reward": r.mean().item()}])
+    return runs.read_rows(file)[0]["reward"]
+
+
 def train(pairs, seeds, found, config):
     """Trains each (method, setting) with these seeds, and adds its r of each to `found`."""
     wanted, names = {}, {}
@@ -68,8 +88,8 @@ def train(pairs, seeds, found, config):
                 names.setdefault((method, setting, seed), []).append(runs.clean(name))
     commands.train_missing(wanted, config.out, config.jobs)
     for (method, setting, _), own in names.items():
-        after = [tables.summary_of(Path(config.out, name))["reward"]["after"] for name in own]
-        found.setdefault((method, setting), []).append(sum(after) / len(after))
+        r = [reward_of(Path(config.out, name)) for name in own]
+        found.setdefault((method, setting), []).append(sum(r) / len(r))
 
 
 def bound(values):

@@ -290,14 +290,14 @@ def test_tuning_trains_all_settings_then_the_best_three_again_and_chooses_one(
     table = {"eval": tune.SETTINGS, "ddpo_rewards": tune.ddpo_rewards.SETTINGS}[experiment]
     luck = {100: [0.1, 0.5, 0.9, 0.3], 101: [9, 0.51, 0.2, 0.4], 102: [9, 0.52, 0.4, 0.2]}
 
-    def summary_of(folder):
+    def reward_of(folder):
         (place,) = [k for settings in table.values() for k, setting in enumerate(settings)
                     if runs.clean(f" {setting.replace('--', '')} ") in folder.name]
         seed = models.read_config(folder)["seed"]
         shift = 0 if "_0_seed" in folder.name else 0.2  # of the other prompt
-        return {"reward": {"after": luck[seed][place] + shift}}
+        return luck[seed][place] + shift
 
-    monkeypatch.setattr(tune.tables, "summary_of", summary_of)
+    monkeypatch.setattr(tune, "reward_of", reward_of)
     only = list(table)[1]
     for method in list(table):
         if method != only:
@@ -317,6 +317,18 @@ def test_tuning_trains_all_settings_then_the_best_three_again_and_chooses_one(
     values = [numbers[1] + 0.1 * (each - 1) for numbers in luck.values()]
     assert (float(rows[0]["reward"]), float(rows[0]["se"])) == pytest.approx(
         training.mean_se(values), abs=1e-3)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_tuning_judges_the_final_weights_on_pictures_of_their_own(tmp_path, monkeypatch):
+    run = sft.main([*TINY, "--rounds", "1", "--prompts", "four stars", "--out", str(tmp_path)])
+    monkeypatch.setattr(tune, "SAMPLES", 3)
+    found = tune.reward_of(run.folder)
+    pipe, _ = models.load_run(run.folder, "cpu")
+    drawn = mdp.rollout(pipe, ["four stars"] * 3, flags.parse(sft.Config, "", TINY), "compare")
+    assert found == pytest.approx(sum(warmth(drawn.images, drawn.prompts)) / 3, abs=0.05)
+    monkeypatch.setattr(models, "load_run", None)  # what is kept is not measured again
+    assert tune.reward_of(run.folder) == found
 
 
 def test_a_tie_goes_to_the_smaller_learning_rate():
