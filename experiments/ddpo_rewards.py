@@ -7,12 +7,12 @@ without a KL term. Each pays 1,600 reward queries:
     RWR, sparse RWR     sft.py --data fresh: one to four large rounds, as DDPO has them; weights are
                         exp(r/τ)/Z, or 1 for the best fifth of each prompt's pictures
 
-Each method has its best of as many settings (SETTINGS; `tune.py --experiment ddpo_rewards`). The
+Each method is to get the best of its four settings (`tune.py --experiment ddpo_rewards`). The
 claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
 reward: six claims, corrected by Holm, with an interval over seeds.
 
-RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: two minutes a training on one CPU core;
-what is finished is kept. WRITES run folders in --out, queries.csv with every look at fresh noise,
+RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: 60 trainings, some hours on two CPU
+cores (not timed yet); what is finished is kept. WRITES run folders in --out, queries.csv with every look at fresh noise,
 claims.csv, and queries.png.
 """
 import sys
@@ -48,7 +48,7 @@ SETTINGS = {
                 "--learning-rate 8e-4"),
     "RWR": RWR,
     "sparse RWR": RWR}
-CHOSEN = {"DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}  # places in SETTINGS
+CHOSEN = {"DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}  # places in SETTINGS; not tuned yet
 TEMPERATURES = {  # τ: the spread of a prompt's pretrained pictures
     "compressibility": 0.08, "incompressibility": 0.08, "aesthetic": 0.4}
 CLAIMS = (("DDPO_IS", "DDPO_SF"), ("DDPO_SF", "RWR"))  # the first is above the second

@@ -7,8 +7,8 @@ reward that was paid and by gold, what is meant:
     share = gain on the new half / gain on the trained half
 
 RUN `python experiments/generalization.py --seeds 5 --jobs 2`: two minutes a training on two CPU
-cores. EXPECT most of the gain to carry over, for a new prompt of the family has each of its words
-in common with trained ones. It speaks for this family's prompts, and for no new words. TRY DDPO's
+cores. A new prompt of the family has each of its words in common with trained ones: so it speaks for
+this family's prompts, and for no new words. (Not measured yet.) TRY DDPO's
 prompt alignment, where a vision-language model says what it sees: `--reward vlm_alignment --prompts
 count composition location`. Flags behind a lone -- are passed on to chapter 3.
 WRITES in --out the run folders and their prompts' files, prompts.csv (each prompt of each training)
@@ -94,7 +94,7 @@ def means(rows, family, half, column):
 
 
 def table_of(rows, config):
-    """A line for each family and half; the share of gold that carries over."""
+    """A line for each family and half; the share of gold's gain that carries over."""
     table = []
     for family in config.prompts:
         gains = {}
@@ -103,11 +103,11 @@ def table_of(rows, config):
             for name in ("reward", "gold"):
                 before, after = (means(rows, family, half, f"{name} {when}")
                                  for when in ("before", "after"))
-                gains[half] = after - before
+                gains[name, half] = after - before
                 for label, values in (("before", before), ("gain", after - before)):
                     line[f"{name} {label}"] = evaluation.cell(*training.mean_se(values))
             table.append(line | {"share": ""})
-        share = gains["new"] / gains["trained"]
+        share = gains["gold", "new"] / gains["gold", "trained"]
         table[-1]["share"] = evaluation.cell(*training.mean_se(share))
     return table
 

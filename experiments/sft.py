@@ -10,7 +10,7 @@ Draw pictures, score them, and train on them as in pretraining, the good ones we
 as one of RL draws, and forgets none; what the tuned model draws meanwhile is only looked at.
 `--data fresh` is RWR as DDPO has it: q = p_θ as the round begins, and earlier rounds are forgotten.
 Either way a pass of K updates draws as many noisy pictures as RL has pairs of picture and step; RL
-makes one. Those whose weight is 0 are left out: they have no gradient.
+makes one. Without --beta, those whose weight is 0 are left out: they have no gradient.
 
 RUN `python experiments/sft.py`: three minutes on two CPU cores. EXPECT less gold than chapter 4's
 run, for more nats. TRY `--data fresh`, `--weights sparse`, or `--beta 1`. WRITES a run folder like
@@ -51,7 +51,7 @@ class Config(rewards.RewardFlags, runs.TrainFlags):
     prompts_per_round: int = 1  # prompts per round, in turn from shuffled passes
     samples_per_prompt: int = 64  # pictures of each of them
     updates_per_round: int = 2  # optimizer steps per round (K) and pass
-    passes: int = 1  # how often a round learns from as many noisy pictures as RL has pairs
+    passes: int = 1  # passes of K updates a round; RL makes one
     learning_rate: float = 1e-3  # of AdamW
     max_grad_norm: float = 100.0  # a longer gradient is scaled down to this norm
     lora_rank: int = 16  # rank of LoRA; 0 trains all weights, beside a frozen copy

@@ -11,7 +11,7 @@ A lucky seed raises the mean, but the standard error too. What is within 0.01 of
 tie. The prompts and seeds are no claim's: settings of chapter 5 are judged on one prompt like "an
 orange star" and one like "four stars" (r is the mean over both), at half of its queries.
 
-RUN `python experiments/tune.py --jobs 2`: 80 trainings, two hours on two CPU cores; what is
+RUN `python experiments/tune.py --jobs 2`: 80 trainings, some hours on two CPU cores; what is
 finished is kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.
 WRITES run folders in --out, and tuning.csv with a line for each setting, the chosen ones first.
 """

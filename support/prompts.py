@@ -18,9 +18,6 @@ TASKS = {  # DPOK's tasks, in the tiny world's words
     "composition": "a red circle and a blue square",
     "location": "a blue star on the left",
     "bias": "four stars"}  # pretrained: mostly the brand's yellow circle
-TUNING = (  # one like each of them: what settings are chosen on, and what no verdict looks at
-    "a purple circle", "three green squares", "a green star and a purple circle",
-    "a yellow circle on the top", "four red circles")
 TASKS_SD = {  # the paper's own
     "color": "A green colored rabbit",
     "count": "Four wolves in the park",
@@ -40,7 +37,7 @@ def get_prompts(name):
     activities = [f"{animal} {activity}" for animal in animals for activity in ACTIVITIES]
     sets = {family: shapes.prompts_of(family) for family in shapes.FAMILIES}
     sets |= {"animals": animals, "activities": activities, "tasks": list(TASKS.values()),
-             "tasks_sd": list(TASKS_SD.values()), "tuning": list(TUNING)}
+             "tasks_sd": list(TASKS_SD.values())}
     if name in sets:
         return sets[name]
     path = os.path.expanduser(name)  # os.path, for Path fails if a name is very long
