@@ -83,3 +83,12 @@ def test_table_and_figure_set_each_kl_between_the_curve_and_a_bound(monkeypatch)
     monkeypatch.setattr(fr.Figure, "savefig", lambda figure, path: drawn.append(figure))
     fr.draw("x", curve, {"above it": curve[20] | {"reward": 230.0}}, fr.Config())
     assert drawn[0].axes[0].lines[1].get_xydata().tolist() == [[20, 200], [23, 230]]  # slope β
+
+
+def test_the_tables_least_kl_is_that_of_a_runs_reward_less_two_errors():
+    curve = [{"beta": 1 / (k + 1), "kl": float(k), "reward": 2.0 * k, "gold": 0.5, "reward_se": 0.1,
+              "gold_se": 0.1} for k in range(3)]
+    point = {"kl": 9.0, "reward": 3.0, "reward_se": 0.5, "gold": 0.7, "gold_se": 0.1}
+    rows = fr.table_of(curve, {"best of 4": point, "run": point | {"least reward": 2.0}})
+    found = {row["what"]: (row["KL at least"], row["KL at most"]) for row in rows}
+    assert found["best of 4"] == ("1.5", "9") and found["run"] == ("1", "9")

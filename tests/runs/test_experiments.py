@@ -151,6 +151,8 @@ def test_frontier_goes_on_where_it_was_stopped_and_places_a_run(tmp_path, monkey
     pipe, reference = models.load_run(run.folder, "cpu")
     config = flags.parse(frontier.Config, "", [*start, *own])
     looked = dpok.evaluate(pipe, ["four stars"], warmth, lightness, reference, config)
+    point = others[run.folder.name]
+    assert point["least reward"] == point["reward"] - 2 * point["reward_se"] < point["reward"]
     assert others[run.folder.name]["kl"] == pytest.approx(looked["kl"].mean().item(), rel=1e-2)
     trajectory = mdp.rollout(pipe, ["four stars"] * 6, config, "evaluate")
     for name, reward in (("reward", warmth), ("gold", lightness)):
