@@ -12,8 +12,8 @@ claims are DDPO's: importance sampling is above score functions, and these are a
 reward: six claims, corrected by Holm, with an interval over seeds.
 
 RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: 60 trainings, some hours on two CPU
-cores (not timed yet); what is finished is kept. WRITES run folders in --out, queries.csv with every look at fresh noise,
-claims.csv, and queries.png.
+cores (not timed yet); what is finished is kept. WRITES run folders in --out, queries.csv with every
+look at fresh noise, table.csv, claims.csv, and queries.png.
 """
 import sys
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ SETTINGS = {
                 "--learning-rate 8e-4"),
     "RWR": RWR,
     "sparse RWR": RWR}
-CHOSEN = {"DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}  # places in SETTINGS; not tuned yet
+CHOSEN = {  # places in SETTINGS; not tuned yet
+    "DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}
 TEMPERATURES = {  # τ: the spread of a prompt's pretrained pictures
     "compressibility": 0.08, "incompressibility": 0.08, "aesthetic": 0.4}
 CLAIMS = (("DDPO_IS", "DDPO_SF"), ("DDPO_SF", "RWR"))  # the first is above the second

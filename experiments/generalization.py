@@ -7,8 +7,8 @@ reward that was paid and by gold, what is meant:
     share = gain on the new half / gain on the trained half
 
 RUN `python experiments/generalization.py --seeds 5 --jobs 2`: two minutes a training on two CPU
-cores. A new prompt of the family has each of its words in common with trained ones: so it speaks for
-this family's prompts, and for no new words. (Not measured yet.) TRY DDPO's
+cores (what it shows is not measured yet). A new prompt of the family has each of its words in
+common with trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
 prompt alignment, where a vision-language model says what it sees: `--reward vlm_alignment --prompts
 count composition location`. Flags behind a lone -- are passed on to chapter 3.
 WRITES in --out the run folders and their prompts' files, prompts.csv (each prompt of each training)

@@ -20,7 +20,8 @@ def test_the_end_is_each_models_last_reading_a_mean_over_prompts_for_each_seed()
 
 @pytest.mark.parametrize("mean, error, text", [
     (-0.4374, 0.028, "-0.44±0.03"), (535.49, 131.4, "535±131"), (0.1372, 0.0078, "0.137±0.008"),
-    (0.12345, math.nan, "0.123"), (8706.0, math.nan, "8706"), (1.0, 0.0, "1"), (math.nan, math.nan, "–"),
+    (0.12345, math.nan, "0.123"), (8706.0, math.nan, "8706"), (1.0, 0.0, "1"),
+    (math.nan, math.nan, "–"),
     (0.5, 1e-9, "0.5000±0.0000")])
 def test_a_number_has_as_many_digits_as_its_error_knows(mean, error, text):
     assert evaluation.cell(mean, error) == text
