@@ -13,7 +13,8 @@ THE EQUATIONS. reward(images: list[PIL.Image], prompts: list[str]) -> B numbers,
     vlm_alignment       BERTScore recall of the prompt in what a vision-language model answers
                         to "what is going on in this image?"                   DDPO
     vlm_strict          share of questions ("how many?", "what?") that it answers correctly
-    alignment           share of the objects asked for that are there, exact, in tiny_sd's world
+    quality             how far it is made of whole shapes of tiny_sd's world (judge.quality)
+    alignment           share of the objects asked for that are there, exact, in that world
 
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.
 
@@ -222,6 +223,7 @@ REWARDS = {
     "image_reward": ImageReward,
     "vlm_alignment": VlmAlignment,
     "vlm_strict": VlmStrict,
+    "quality": judge.quality,
     "alignment": alignment,
 }
 

@@ -67,7 +67,7 @@ class Config(rewards.RewardFlags):
     methods: tuple[Method, ...] = tuple(METHODS)  # what is trained
     reward: str = "image_reward"  # what all are trained on
     gold: str = "alignment"  # what is meant
-    others: tuple[str, ...] = ("aesthetic",)  # only measured
+    others: tuple[str, ...] = ("quality",)  # only measured
     rounds: int = 40  # of training; models are read after 1/8, 1/4, 1/2 and all of them
     samples_per_prompt: int = 64  # pictures of each of them
     lora_rank: int = 16  # rank of the adapters, for all methods

@@ -1,6 +1,7 @@
 """The exact judge: reads a picture of the tiny world back into objects, and scores it.
 
     picture  --see-->  objects  --score-->  share of asked-for objects that are there, in [0, 1]
+    objects  --draw-->  picture again: how far it is the same says how well the first was drawn
 
 No learning anywhere: colors are compared with the palette, connected pixels are an object (unless
 they look more like several), and an object, brought to a standard place and size, is compared with
@@ -182,6 +183,24 @@ def read(images):
                 overlap, found = fits.max(), int(fits.argmax()) + 1
         digits.append(found)
     return digits
+
+
+def quality(images, prompts=None):
+    """q = 1 − Σ|x − x̂| / (Σ|x − b| + Σ|x̂ − b|): how far pictures are made of whole shapes.
+
+    x̂ is the picture drawn again from what is seen and read in it, b its background, the median
+    color; sums over pixels and channels. What no shape explains costs: noise, blur, torn or melted
+    shapes, colors that run. 0 where nothing is seen.  -> a number in [0, 1] for each picture
+    """
+    values = []
+    pixels = (255 * to_tensor(images)).permute(0, 2, 3, 1).numpy()
+    for x, objects, digit in zip(pixels, see(images), read(images)):
+        b = np.median(x, (0, 1))
+        again = np.asarray(shapes.draw(objects, tuple(b.round().astype(int)), digit), float)
+        miss = np.abs(x - again).sum()
+        ink = np.abs(x - b).sum() + np.abs(again - b).sum()
+        values.append(1 - miss / ink if objects else 0.0)
+    return values
 
 
 def place_of(obj):

@@ -160,6 +160,33 @@ def test_a_color_that_runs_counts_as_what_most_of_it_is():
     assert described(picture()) == "nothing"
 
 
+@pytest.mark.equation("quality", "tiny_sd.judge.quality")
+def test_quality_is_what_of_the_ink_shapes_drawn_again_explain(monkeypatch):
+    seen = [shapes.Object("red", "circle", 20, 30, 14), shapes.Object("blue", "star", 45, 20, 16)]
+    drawn = shapes.draw([seen[0], shapes.Object("blue", "square", 45, 22, 16)], (250, 240, 236))
+    monkeypatch.setattr(judge, "see", lambda images: [seen, []])
+    monkeypatch.setattr(judge, "read", lambda images: [3, None])
+    b, again = (250, 240, 236), shapes.draw(seen, (250, 240, 236), 3)
+    miss = ink = 0
+    for xy in np.ndindex(64, 64):
+        for x, y, c in zip(drawn.getpixel(xy), again.getpixel(xy), b):
+            miss += abs(x - y)
+            ink += abs(x - c) + abs(y - c)
+    assert 0 < miss < ink
+    assert judge.quality([drawn, drawn]) == pytest.approx([1 - miss / ink, 0.0])
+
+
+def test_no_broken_picture_has_the_quality_of_whole_ones():
+    pictures, captions = make_tiny_sd.draw_pairs(60, seed=5)
+    quality = rewards.get_reward("quality", device="cpu")
+    whole = rewards.score(quality, make_tiny_sd.images_of(pictures), captions)
+    assert whole.mean() > 0.97 and whole.min() > 0.9
+    broken = make_tiny_sd.images_of(make_rewards.broken_pictures(pictures, seed=6))
+    broken += [Image.new("RGB", (64, 64), (233, 240, 240))]  # empty
+    warped = make_tiny_sd.images_of(pictures)[0].resize((96, 64)).crop((16, 0, 80, 64))
+    assert max(judge.quality([*broken, warped])) < 0.9
+
+
 def test_judge_answers_questions():
     (objects,) = judge.see([picture(("red", "circle", 12, 20, 11), ("red", "circle", 32, 20, 11),
                                     ("blue", "square", 50, 45, 11))])
