@@ -12,8 +12,9 @@ claims are DDPO's: importance sampling is above score functions, and these are a
 reward: six claims, corrected by Holm, with an interval over seeds.
 
 RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: 60 trainings, some hours on two CPU
-cores (not timed yet); what is finished is kept. WRITES run folders in --out, queries.csv with every
-look at fresh noise, table.csv, claims.csv, and queries.png.
+cores (not timed yet); what is finished is kept. `--methods DDPO_IS` makes DDPO's samples alone.
+WRITES run folders in --out, queries.csv with every look at fresh noise, table.csv, claims.csv,
+queries.png, and samples.png: what each reward makes of the same noise.
 """
 import sys
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, evaluation, flags, runs, training  # noqa: E402
+from support import commands, evaluation, figures, flags, runs, training  # noqa: E402
 
 ev = import_module("05_eval")  # difference, judge
 
@@ -54,11 +55,14 @@ TEMPERATURES = {  # τ: the spread of a prompt's pretrained pictures
     "compressibility": 0.08, "incompressibility": 0.08, "aesthetic": 0.4}
 CLAIMS = (("DDPO_IS", "DDPO_SF"), ("DDPO_SF", "RWR"))  # the first is above the second
 Reward = Literal["compressibility", "incompressibility", "aesthetic"]
+Method = Literal["DDPO_IS", "DDPO_SF", "RWR", "sparse RWR"]
 
 
 @dataclass(frozen=True)
 class Config:
     rewards: tuple[Reward, ...] = ("compressibility", "incompressibility", "aesthetic")
+    methods: tuple[Method, ...] = tuple(METHODS)  # what is trained
+    prompts: str = "color"  # what to draw: a prompt set of chapter 3, a file, or one prompt
     seeds: int = 1  # trainings of each; claims need two, better five
     seed: int = 10  # of the first of them
     jobs: int = 1  # trainings side by side
@@ -66,13 +70,13 @@ class Config:
     flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for every training
 
 
-def command_of(method, reward, seed, setting=None):
+def command_of(method, reward, seed, setting=None, prompts="color"):
     """The command of one training, with its method's chosen setting or another one."""
     words = METHODS[method].split()
     words += (setting or SETTINGS[method][CHOSEN[method]]).split()
     if method == "RWR":
         words += ["--temperature", str(TEMPERATURES[reward])]
-    return [*words, "--reward", reward, "--prompts", "color", "--seed", str(seed)]
+    return [*words, "--reward", reward, "--prompts", prompts, "--seed", str(seed)]
 
 
 def train(config):
@@ -80,9 +84,10 @@ def train(config):
     wanted, places = {}, {}
     for seed in range(config.seed, config.seed + config.seeds):
         for reward in config.rewards:
-            for method in METHODS:
+            for method in config.methods:
                 name = runs.clean(f"{reward} {method} seed{seed}")
-                wanted[name] = [*command_of(method, reward, seed), *config.flags]
+                command = command_of(method, reward, seed, prompts=config.prompts)
+                wanted[name] = [*command, *config.flags]
                 places[name] = seed - config.seed, reward, method
     commands.train_missing(wanted, config.out, config.jobs)
     readings = [{reward: {} for reward in config.rewards} for _ in range(config.seeds)]
@@ -101,12 +106,26 @@ def claims(readings, config):
     rows, differences = [], []
     for reward in config.rewards:
         for a, b in CLAIMS:
-            d = [ev.difference(of_seed, "reward", "the end", a, b)
-                 for of_seed in alone(readings, reward)]
-            rows.append({"claim": f"{a} is above {b} on {reward}", "column": "reward",
-                         "at": "the end", "a": a, "b": b})
-            differences.append(np.array(d))
+            if {a, b} <= set(config.methods):
+                d = [ev.difference(of_seed, "reward", "the end", a, b)
+                     for of_seed in alone(readings, reward)]
+                rows.append({"claim": f"{a} is above {b} on {reward}", "column": "reward",
+                             "at": "the end", "a": a, "b": b})
+                differences.append(np.array(d))
     return ev.judge(rows, differences)
+
+
+def draw_samples(config):
+    """The same noise in each column: the pretrained model, and what DDPO_IS makes of it."""
+    rows = {}
+    for reward in config.rewards:
+        folder = Path(config.out, runs.clean(f"{reward} DDPO_IS seed{config.seed}"))
+        gains = tables.gains_of(folder)
+        prompts, frames = runs.read_film(folder)
+        first, *_, last = frames.values()
+        rows.setdefault("pretrained", first)  # of all runs the same
+        rows[f"{reward}\n{gains['reward before']} → {gains['reward after']}"] = last
+    figures.sheet(Path(config.out, "samples.png"), list(rows.values()), list(rows), prompts)
 
 
 def main(argv=None):
@@ -115,15 +134,17 @@ def main(argv=None):
     out = Path(config.out)
     runs.write_rows(out / "queries.csv", evaluation.rows_of(readings, config.seed))
     evaluation.draw_curves(out / "queries.png", readings, {"reward": "reward"})
-    table = [{"method": method} for method in METHODS]
+    if "DDPO_IS" in config.methods:
+        draw_samples(config)
+    table = [{"method": method} for method in config.methods]
     for reward in config.rewards:
         ends = evaluation.at_the_end(alone(readings, reward), "reward")
         for row in table:
             row[reward] = evaluation.cell(*training.mean_se(ends[row["method"]]))
     runs.write_rows(out / "table.csv", table)
     print(tables.as_text(table))
-    if config.seeds > 1:
-        judged = claims(readings, config)
+    judged = claims(readings, config) if config.seeds > 1 else []
+    if judged:
         runs.write_rows(out / "claims.csv", [evaluation.rounded(claim) for claim in judged])
         print("\n".join(evaluation.sentence_of(claim) for claim in judged))
     return table

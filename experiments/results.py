@@ -17,20 +17,20 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import overoptimization, samples, sweep, tables, tune  # noqa: E402
+from experiments import overoptimization, sweep, tables, tune  # noqa: E402
 from support import commands, evaluation, flags, runs, training  # noqa: E402
 
 FRESH = ("--seeds", "5", "--seed", "10")  # seeds that no tuning and no pilot used
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
-FIGURES = {"sweep": "dpok_sweep", "samples": "samples", "frontier/frontier": "frontier",
+FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
            "overoptimization_proxy": "overoptimization",
            "overoptimization_noise_beta_0/film": "overoptimization_noise",
            "overoptimization_writing_film": "overoptimization_writing",
            "overoptimization_writing": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
            "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
-           "ddpo_rewards/queries": "ddpo_rewards"}
+           "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,6 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
         "vlm_alignment", "--prompts", "count", "composition", "location", "--seeds", "3"),
     "frontier": lambda out: frontier(out / "frontier", out / "eval_seeds" / "train"),
     "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
-    "samples": lambda out: samples.main(["--out", str(out)]),
     "overoptimization": lambda out: overoptimized(out, "proxy"),
     "writing": lambda out: overoptimized(out, "writing")}
 

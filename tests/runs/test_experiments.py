@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from experiments import (ddpo_rewards, frontier, generalization, lemma, make_tiny_sd,
-                         overoptimization, results, samples, sft, sweep, tune, variance)
+                         overoptimization, results, sft, sweep, tune, variance)
 from support import commands, figures, flags, models, runs, training
 from support.prompts import get_prompts
 from tests.equations import closed_forms
@@ -192,6 +192,8 @@ def fake_runs(monkeypatch):
                 pictures.append({"round": n + 1, "picture": i, "reward": 10 * (len(prompt) + n)})
         runs.write_rows(folder / "metrics.csv", rows)
         runs.write_rows(folder / "pictures.csv", pictures)
+        runs.write_rows(folder / "fresh.csv", [
+            {"queries": 99 * k, "reward": k, "reward_se": 1} for k in (0, 1)])
         film = training.spread_evenly(prompts, config.film_pictures)
         runs.write_json(folder / "film" / "prompts.json", film)
         for k in range(5):
@@ -227,25 +229,6 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, monkeypa
         assert ax.get_title() == name
         assert (list(x), list(y)) == ([20, 20.25], [first, first + 0.25])
         assert ax.collections[0].get_segments()[0].tolist()[1] == [20, first + error]
-
-
-def test_samples_compare_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(figures, "sheet", lambda *sheet: sheets.append(sheet))
-    rows = samples.main(["--prompts", "location", "--rounds", "3", "--name", "s", "--out",
-                         str(tmp_path), "--", "--film-pictures", "2"])
-    assert fake_runs == [ddpo.Config(
-        reward=name, prompts="location", rounds=3, film_pictures=2, name=f"s_{name}",
-        out=str(tmp_path)) for name in samples.REWARDS]
-    assert [f"{key}: {value}" for key, value in rows[1].items()][:6] == [
-        "run: s_compressibility", "queries: 99", "reward before: 15.00", "reward after: 15.00",
-        "reward gain: 0.00", "reward gain_se: 0.12"]
-    path, pictures, names, columns = sheets[-1]
-    assert columns == training.spread_evenly(get_prompts("location"), 2)
-    assert names[0] == "pretrained" and names[2] == "compressibility\n15.00 → 15.00"
-    colors = [[image.getpixel((4, 4)) for image in row] for row in pictures]
-    assert colors == [[(9, 0, 0), (9, 0, 1)], *(
-        [(len(name), 36, 0), (len(name), 36, 1)] for name in samples.REWARDS)]
 
 
 def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tmp_path,
@@ -357,6 +340,7 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
             runs.write_rows(Path(out, name, "fresh.csv"), looks)
 
     monkeypatch.setattr(commands, "train_missing", train_missing)
+    monkeypatch.setattr(ddpo_rewards, "draw_samples", lambda config: None)
     rows = ddpo_rewards.main(["--rewards", "aesthetic", "compressibility", "--seeds", "3", "--seed",
                               "4", "--out", str(tmp_path), "--", "--device", "cpu"])
     assert len(started) == 2 * 4 * 3 and all(
@@ -372,6 +356,23 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
     temperatures = {words[words.index("--reward") + 1]: words[words.index("--temperature") + 1]
                     for words in started.values() if "--temperature" in words}
     assert temperatures == {"aesthetic": "0.4", "compressibility": "0.08"}
+
+
+def test_ddpos_samples_are_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(figures, "sheet", lambda *sheet: sheets.append(sheet))
+    words = ["--methods", "DDPO_IS", "--seed", "3", "--prompts", "location", "--out", str(tmp_path),
+             "--", "--film-pictures", "2"]
+    (row,) = ddpo_rewards.main(words)
+    rewards = ("compressibility", "incompressibility", "aesthetic")
+    assert [(config.reward, config.seed) for config in fake_runs] == [(r, 3) for r in rewards]
+    assert list(row) == ["method", *rewards] and not (tmp_path / "claims.csv").exists()
+    path, pictures, names, columns = sheets[-1]
+    assert columns == training.spread_evenly(get_prompts("location"), 2)
+    assert names[0] == "pretrained" and names[1] == "compressibility\n15.00 → 15.00"
+    colors = [[image.getpixel((4, 4)) for image in row] for row in pictures]
+    assert colors == [[(15, 0, 0), (15, 0, 1)], *(
+        [(len(name), 36, 0), (len(name), 36, 1)] for name in rewards)]
 
 
 def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monkeypatch):
@@ -467,8 +468,8 @@ def test_no_flag_is_parsed_and_dropped(name):
     (sft, "--temperature 0", "--temperature"), (sft, "--gold beauty", "--gold beauty"),
     (variance, "--groups 99", "--groups"), (frontier, "--prompts count", "--prompts count"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas", "--betas"), (sweep, "-- --beta 1", "--beta"),
-    (sweep, "-- --rounds 0", "--rounds"), (samples, "-- --num-steps 0", "--num-steps"),
-    (samples, "-- --reward 1", "--reward behind --"),
+    (sweep, "-- --rounds 0", "--rounds"), 
+    (ddpo_rewards, "-- --num-steps 0", "--num-steps"),
     (generalization, "--prompts nothing", "--prompts nothing"), (tune, "--rounds 0", "--rounds"),
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
     (overoptimization, "-- --value", "--value")])
