@@ -11,19 +11,19 @@ with the next training. As in DPOK's experiments, each prompt has models of its 
     best of n           no training: the best of n pretrained pictures, n queries for each
     ceiling             the best fifth itself: what imitation would have if it were perfect
 
-Each training seed has evaluation noise of its own, the same for all models. So the differences of
-two models, one number a seed, are independent, and tell of other seeds, on these same prompts.
+Each training seed has evaluation noise of its own. So the differences of two models, one number a
+seed, are independent, and tell of other seeds, on these same prompts.
 
-    d̄ ± t_{S−1}·s/√S,  d_s = a_s − b_s the difference in seed s, of S seeds  (Student's interval)
+    d̄ ± t·s/√S,  d_s = a_s − b_s the difference in seed s, of S seeds          (Student's interval)
     p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m), for m claims (Holm 1979)
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
 RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, and writes
-runs/eval/index.html. EXPECT of `--quick` that both its methods nearly always draw an orange star,
-which the pretrained model does three times in four, and that best of n is ahead of them. TRY
-`--seeds 5` for verdicts, `--runs A B` to compare any run folders. DEPARTURES. Only learning rate,
-updates per round and SFT's passes are tuned (experiments/tune.py). EXERCISES. (1) Which method is
-best per nat? (2) Evaluate chapter 3's run: `--prompts location --runs runs/ddpo_is_...`.
+runs/eval/index.html. EXPECT both methods of `--quick` to draw an orange star nearly always (the
+pretrained model: three times in four), and best of n to be ahead. TRY `--seeds 5` for verdicts,
+`--runs A B` to compare any run folders. DEPARTURES. Only learning rate, updates per round and SFT's
+passes are tuned (experiments/tune.py). EXERCISES. (1) Which method is best per nat? (2) Evaluate
+chapter 3's run: `--prompts location --runs runs/ddpo_is_...`.
 """
 import math
 from contextlib import nullcontext
@@ -53,7 +53,7 @@ METHODS = {  # method -> its script, its flags, and those that tune.py is to cho
     "DPOK_no_KL": ("04_dpok.py --beta 0", "--learning-rate 0.001 --updates-per-round 5")}
 CLAIMS = (  # a sentence; in what, read off where, and the first model is above the second
     ("RL is above imitation", "reward", "the end", "DPOK", "SFT"),
-    ("RL is above all that imitation could reach", "reward", "the end", "DPOK", "ceiling"),
+    ("RL is above a perfect copy of the best fifth", "reward", "the end", "DPOK", "ceiling"),
     ("With the KL term gold ends higher", "gold", "the end", "DPOK", "DPOK_no_KL"),
     ("With the KL term gold is higher at equal KL", "gold", "equal KL", "DPOK", "DPOK_no_KL"))
 Method = Literal["SFT", "DDPO_IS", "DPOK", "DPOK_no_KL"]
@@ -75,7 +75,7 @@ class Config(rewards.RewardFlags):
     samples: int = 128  # pictures of each model on each prompt
     pool: int = 640  # pretrained pictures of each prompt, for best of n and the ceiling
     best_of: tuple[int, ...] = (4, 16, 64)  # n
-    seeds: int = 1  # trainings of each method; verdicts need two, better five
+    seeds: int = 1  # trainings of each method; verdicts need five
     jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
@@ -94,9 +94,9 @@ SD = flags.published("05_eval")
 
 
 def interval(d):
-    """d̄ ± t_{S−1}·s/√S and p = 2·P(T_{S−1} > |d̄|·√S/s).   (S,) -> a dict
+    """d̄ ± t·s/√S and p = 2·P(T > |d̄|·√S/s),  T ~ Student's, S − 1 degrees.   (S,) -> a dict
 
-    At 95 %. s is the standard deviation of d; where it is 0, seeds say nothing of others: p = 1.
+    t is T's 97.5 % quantile. Where s, d's standard deviation, is 0, seeds say nothing: p = 1.
     """
     S = len(d)
     t = stats.t(S - 1)
@@ -131,7 +131,7 @@ def verdict(difference, p, level=0.05):
     return "holds" if difference > 0 else "fails"
 
 
-# ---- what needs no training -----------------------------------------------------------------
+# ---- best of n, trainings, and pictures of both ---------------------------------------------
 
 
 def best_of_n_weights(r, n):
@@ -154,9 +154,6 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-# ---- trainings and their pictures -----------------------------------------------------------
-
-
 def command_of(method, prompt, config, tuned=None):
     """The command of one training: script, flag, value, ...: what a reader could type."""
     command, chosen = METHODS[method]
@@ -169,29 +166,30 @@ def command_of(method, prompt, config, tuned=None):
     return [script, *words, "--keep-every", str(kept), "--eval-samples", "16"]
 
 
-def train(config):
-    """(prompt, model) -> the folder of its training; trains with config.seed what is missing."""
-    folders, wanted = {}, {}
-    out = Path(config.out, "train")
-    for prompt in config.prompts:
-        for label, folder in runs.labels(config.runs).items():
-            folders[prompt, label] = folder
-        for method in config.methods:
-            if not config.runs:
-                name = runs.clean(f"{Path(prompt).stem}_{method}_seed{config.seed}")
-                folders[prompt, method] = out / name
+def train(configs):
+    """Trains what is missing.  -> for each seed's config: (prompt, model) -> run folder"""
+    found, wanted = [], {}
+    out = Path(configs[0].out, "train")
+    for config in configs:
+        folders = {}
+        for prompt in config.prompts:
+            for label, folder in runs.labels(config.runs).items():
+                folders[prompt, label] = folder
+            for method in () if config.runs else config.methods:
+                name = runs.clean(f"{method}_seed{config.seed}_{Path(prompt).stem}")
+                if name in wanted:
+                    raise ValueError(f"--prompts {prompt!r}: another one begins in the same way")
                 wanted[name] = command_of(method, prompt, config)
-    commands.train_missing(wanted, out, config.jobs)
-    return folders
+                folders[prompt, method] = out / name
+        found.append(folders)
+    commands.train_missing(wanted, out, configs[0].jobs)
+    return found
 
 
 def read(pipe, reference, prompt, measures, config):
-    """All measures of a model on a prompt, means and errors, and its pictures.
-
-    The noise is that of config.seed: the same for every model, and drawn by no training.
-    """
+    """All measures of a model on a prompt, means and errors, and its pictures."""
     prompts = training.spread_evenly(get_prompts(prompt), config.samples)
-    trajectory = mdp.rollout(pipe, prompts, config, "compare")
+    trajectory = mdp.rollout(pipe, prompts, config, "compare")  # the noise of all models
     with reference():
         reference_means = dpok.step_means(pipe, trajectory, config)
     kl = dpok.path_kl(pipe, trajectory, reference_means, config)
@@ -214,7 +212,7 @@ def read_pool(pipe, prompt, measures, config):
     return found
 
 
-def read_all(folders, measures, config):
+def read_all(folders, config, measures):
     """prompt -> model -> its readings, from 0 queries on, and prompt -> model -> pictures."""
     machine = config.device, config.dtype
     readings, images = {}, {}
@@ -241,29 +239,32 @@ def read_all(folders, measures, config):
 # ---- from readings to verdicts --------------------------------------------------------------
 
 
-def at_kl(readings, kl, column):
-    """A column where the path KL is kl: on the straight line between two readings of a model."""
-    ordered = sorted(readings, key=lambda row: row["kl"])
-    x = [row["kl"] for row in ordered]
-    y = [row[column] for row in ordered]
+def at_kl(rounds, kl, column):
+    """A column where a training's path KL first came to kl: on the line between two rounds."""
+    x, y = [], []
+    for row in rounds:
+        if not x or row["kl"] > x[-1]:  # a training may come back
+            x.append(row["kl"])
+            y.append(row[column])
     return np.interp(kl, x, y)
 
 
-def difference(readings, column, at, a, b):
-    """d = a − b of one seed, the mean over prompts; at the end, or at the same path KL.
+def difference(rows, column, at, a, b):
+    """d = a − b of one seed, the mean over prompts: at the end, or at the same path KL.
 
-    The same path KL is the largest that both models have been read at, or passed.
+    rows: prompt -> model -> readings, or its rounds. The same path KL is the largest both came to.
     """
     found = []
-    for of_model in readings.values():
+    for of_model in rows.values():
         rows_a, rows_b = of_model[a], of_model[b]
         value_a = rows_a[-1][column]
         value_b = rows_b[-1][column]
         if at == "equal KL":
             kl_a = max(row["kl"] for row in rows_a)
             kl_b = max(row["kl"] for row in rows_b)
-            value_a = at_kl(rows_a, min(kl_a, kl_b), column)
-            value_b = at_kl(rows_b, min(kl_a, kl_b), column)
+            kl = min(kl_a, kl_b)
+            value_a = at_kl(rows_a, kl, column)
+            value_b = at_kl(rows_b, kl, column)
         found.append(value_a - value_b)
     return np.mean(found)
 
@@ -282,13 +283,14 @@ def judge(rows, differences):
     return rows
 
 
-def claims(readings):
-    """The slides' claims, judged.   readings: of each seed -> a row for each claim"""
+def claims(readings, rounds):
+    """The slides' claims, judged.   readings, rounds: of each seed -> a row for each claim"""
     of_all = set.intersection(*map(set, readings[0].values()))  # models that all prompts have
     rows, differences = [], []
     for claim, column, at, a, b in CLAIMS:
         if {a, b} <= of_all:
-            d = [difference(of_seed, column, at, a, b) for of_seed in readings]
+            seeds = rounds if at == "equal KL" else readings
+            d = [difference(of_seed, column, at, a, b) for of_seed in seeds]
             rows.append({"claim": claim, "column": column, "at": at, "a": a, "b": b})
             differences.append(np.array(d))
     return judge(rows, differences)
@@ -300,18 +302,16 @@ def main(argv=None):
         get_prompts(prompt)  # what is wrong with it fails here, before training
     flags.make_folder(config.out)
     measures = Measures(config, rewards)
-    readings, images = [], []
     seeds = 1 if config.runs else config.seeds
-    for seed in range(config.seed, config.seed + seeds):
-        of_seed = replace(config, seed=seed)
-        folders = train(of_seed)
-        found, drawn = read_all(folders, measures, of_seed)
-        readings.append(found)
-        images.append(drawn)
+    configs = [replace(config, seed=config.seed + k) for k in range(seeds)]
+    folders = train(configs)
+    found = map(read_all, folders, configs, [measures] * seeds)
+    readings, images = zip(*found)
+    rounds = [evaluation.rounds_of(of_seed) for of_seed in folders]
     judged = []
     if seeds > 1 and not config.quick:
-        judged = claims(readings)
-    lines = evaluation.write(config, readings, judged, folders, images[0])
+        judged = claims(readings, rounds)
+    lines = evaluation.write(config, readings, rounds, judged, folders[0], images[0])
     print("\n".join(lines))
     return readings, judged
 

@@ -19,10 +19,9 @@ that were trained with `--keep-every`; about ten seconds for each kept round on 
 EXPECT the labels to undo a training that collapses, and elsewhere to end about where training ends,
 at a higher price; and a bound of 100 nats to stop most RL far too early, for its path KL, which is
 only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100 1000 inf`.
-WRITES early_stopping.csv (a line for each run and round), table.csv (what is printed) and
-early_stopping.png in --out. The price counts a label as one more reward query.
+WRITES early_stopping.csv (a line for each run and round) and table.csv (what is printed) in --out.
+The price counts a label as one more reward query.
 """
-import math
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,7 +33,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
 from support import flags, models, runs, training  # noqa: E402
-from support.figures import Figure  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -146,30 +144,6 @@ def table_of(found, config):
     return table
 
 
-def draw(path, found, config):
-    """A panel a run: its labels and the truth against reward queries, and where to stop."""
-    R = math.ceil(len(found) / 3)
-    figure = Figure(figsize=(10, 2.6 * R + 0.9), dpi=120, layout="constrained")
-    axes = figure.subplots(R, 3, sharey=True, squeeze=False).flat
-    for ax, (label, rounds) in zip(axes, found.items()):
-        columns = {name: [row[name] for row in rounds] for name in rounds[0]}
-        x, truth = columns["queries"], columns["gold"]
-        ax.errorbar(x, truth, columns["gold_se"], fmt="k-", lw=1, label="truth")
-        ax.errorbar(x, columns["labels_mean"], columns["labels_se"], fmt=".", capsize=3,
-                    elinewidth=0.8, label="labels")
-        for i, (way, (k, _)) in enumerate(ways_to_stop(rounds, config).items()):
-            if way not in ("pretrained", "end"):
-                ax.plot(x[k], truth[k], "o", ms=5 + 2 * i, mfc="none", mew=2, label=way)
-        ax.set(title=label, xlabel="reward queries")
-        ax.grid(alpha=0.3)
-    for ax in figure.axes[len(found):]:
-        ax.set_axis_off()
-    figure.supylabel(f"gold: {config.gold}", size=8)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center",
-                  fontsize=8)
-    figure.savefig(path)
-
-
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
     out, wanted = Path(config.out), []
@@ -190,10 +164,9 @@ def main(argv=None):
     table = table_of(found, config)
     print(tables.as_text(table))
     print("Hindsight's gold is chosen on the pictures that it is measured on, so it is too high.")
-    draw(out / "early_stopping.png", found, config)
     runs.write_rows(out / "early_stopping.csv", lines)
     runs.write_rows(out / "table.csv", table)
-    print(f"early_stopping.csv, table.csv and early_stopping.png are in {out}")
+    print(f"early_stopping.csv and table.csv are in {out}")
     return found
 
 

@@ -73,19 +73,21 @@ def variance(out):
 def fresh(out, script, raw, *words):
     """The table of a script over fresh seeds; the numbers behind it go to raw/."""
     lines = start(out / "table.csv", script, *words, "--jobs", "2")
-    shutil.copy(out / raw, HERE / "raw" / f"{out.name}_{raw}")
+    for file in raw:
+        shutil.copy(out / file, HERE / "raw" / f"{out.name}_{file}")
     return lines
 
 
 def frontier(out, trained):
     """Chapter 5's trainings on "four stars" under the curve that none can beat."""
-    folders = map(str, sorted(trained.glob("four_stars_*_seed10")))
-    return start(out / "table.csv", "experiments/frontier.py", "--runs", *folders)
+    folders = map(str, sorted(trained.glob("*_seed10_four_stars")))
+    return start(out / "table.csv", "experiments/frontier.py", "--prompts", "four stars", "--runs",
+                 *folders)
 
 
 def stopping(out, trained):
     """What is kept of chapter 5's trainings, by the rule with three bounds and in hindsight."""
-    folders = map(str, sorted(trained.glob("four_stars_*_seed??")))
+    folders = map(str, sorted(trained.glob("*_seed1[012]_four_stars")))
     return start(out / "table.csv", "experiments/early_stopping.py", "--kl-bound", "100", "1000",
                  "inf", "--runs", *folders)
 
@@ -146,17 +148,18 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "variance": variance,
     "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
     "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
-    "eval_seeds": lambda out: fresh(out / "eval_seeds", "05_eval.py", "readings.csv", *FRESH),
+    "eval_seeds": lambda out: fresh(
+        out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH),
     "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],
     "ddpo_rewards_tuning": lambda out: tune.main([
         "--experiment", "ddpo_rewards", "--jobs", "2", "--out", str(out / "ddpo_rewards_tuning")]),
     "ddpo_rewards": lambda out: fresh(
-        out / "ddpo_rewards", "experiments/ddpo_rewards.py", "queries.csv", *FRESH),
+        out / "ddpo_rewards", "experiments/ddpo_rewards.py", ("queries.csv",), *FRESH),
     "ddpo_rewards_claims": lambda out: read(out / "ddpo_rewards" / "claims.csv")[1],
     "generalization": lambda out: fresh(
-        out / "generalization", "experiments/generalization.py", "prompts.csv", *FRESH),
+        out / "generalization", "experiments/generalization.py", ("prompts.csv",), *FRESH),
     "prompt_alignment": lambda out: fresh(
-        out / "prompt_alignment", "experiments/generalization.py", "prompts.csv", "--reward",
+        out / "prompt_alignment", "experiments/generalization.py", ("prompts.csv",), "--reward",
         "vlm_alignment", "--prompts", "count", "composition", "location", "--seeds", "3"),
     "frontier": lambda out: frontier(out / "frontier", out / "eval_seeds" / "train"),
     "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),

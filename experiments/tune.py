@@ -1,15 +1,17 @@
-"""Which settings does each method get? As many for each, and none that wins by luck.
+"""Which settings does each method get? As many for each, chosen from three seeds.
 
-Who compares a tuned method with one that is not, compares the tuning. So each method gets the same
-number of settings, in two stages: all of them with one seed, then the best three with two seeds
-more. With r the mean learned reward of 128 pictures from fresh noise after training, one number a
-seed,
+If one method is tuned and the other is not, a comparison of them measures the tuning. So each gets
+the same number of settings, in two stages: all of them with one seed, then the best three with two
+seeds more. With r the mean learned reward of 128 pictures from fresh noise after training, one
+number a seed,
 
     chosen = argmax over the best three of mean(r) − s.e.(r),  ties to the smaller learning rate
 
-A lucky seed raises the mean, but the standard error too. What is within 0.01 of the largest is a
-tie. The prompts and seeds are no claim's: settings of chapter 5 are judged on one prompt like "an
-orange star" and one like "four stars" (r is the mean over both), at half of its queries.
+A setting with one lucky seed must be better to win, for that raises the standard error, too. What
+is within 0.01 of the largest is a tie; of equal rates the first is taken. The r of what is chosen
+is too high, being chosen by it: the claims' trainings say what a method reaches. Prompts and seeds
+are no claim's: settings of chapter 5 are judged on one prompt like "an orange star" and one like
+"four stars" (r is the mean over both), at half of its queries.
 
 RUN `python experiments/tune.py --jobs 2`: 80 trainings, some hours on two CPU cores; what is
 finished is kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.

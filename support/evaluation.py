@@ -41,14 +41,14 @@ DASHES = ("-", "--", "-.", ":")  # so that lines differ without color, too
 def seeds_needed(d, level, most=100):
     """The smallest S of which 80 % would tell the observed effect d̄/s; infinite beyond `most`.
 
-    P(|T| > t_{S−1, 1−α/2}) ≥ 0.8,  T ~ noncentral t_{S−1}(√S·d̄/s).   (S,) -> ()
+    P(T > t_{S−1, 1−α/2}) ≥ 0.8,  T ~ noncentral t_{S−1}(√S·|d̄|/s).   (S,) -> ()
     """
     s = d.std(ddof=1)
     for S in range(2, most + 1):
         if s > 0:
             T = stats.nct(S - 1, S**0.5 * abs(d.mean()) / s)
             limit = stats.t(S - 1).ppf(1 - level / 2)
-            if T.sf(limit) + T.cdf(-limit) >= 0.8:
+            if T.sf(limit) >= 0.8:
                 return S
     return math.inf
 
@@ -65,6 +65,17 @@ def at_the_end(readings, column):
         for model, of_prompts in values.items():
             found.setdefault(model, []).append(np.mean(of_prompts))
     return {model: np.array(values) for model, values in found.items()}
+
+
+def rounds_of(folders):
+    """prompt -> model -> path KL and gold of each round's pictures, where a training logs them."""
+    found = {}
+    for (prompt, model), folder in folders.items():
+        rows = runs.read_rows(folder / "metrics.csv")
+        if "kl" in rows[0]:
+            rows = [{name: row[name] for name in ("queries", "kl", "gold")} for row in rows]
+            found.setdefault(prompt, {})[model] = rows
+    return found
 
 
 def cell(mean, error):
@@ -106,21 +117,21 @@ def as_text(lines, width=100):
 def sentence_of(claim):
     """A claim's verdict with its evidence; how many seeds would tell it, where it is not told."""
     text = ("{verdict}: {claim}\n    {a} − {b}, {column} at {at}: {mean:+.3f} "
-            "({low:+.3f} to {high:+.3f}), p = {holm:.2g}").format(**claim)
+            "({low:+.3f} to {high:+.3f}), p after Holm {holm:.2g}").format(**claim)
     if claim["verdict"] == "cannot be told":
         seeds = claim["seeds_needed"]
         number = seeds if math.isfinite(seeds) else "more than 100"
-        text += f"; to tell an effect of this size takes {number} seeds"
+        text += f"; if this is the true effect, {number} new seeds would tell it 4 times in 5"
     return text
 
 
 # ---- files ----------------------------------------------------------------------------------
 
 
-def write(config, readings, claims, folders, images):
+def write(config, readings, rounds, claims, folders, images):
     """All files of a comparison in its folder.  -> its table and verdicts as lines of text
 
-    folders, images: of the first seed.
+    rounds: for each seed, prompt -> model -> what it logged. folders, images: of the first seed.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -128,8 +139,10 @@ def write(config, readings, claims, folders, images):
     table = table_of(readings, folders, columns)
     sentences = [sentence_of(claim) for claim in claims]
     if not claims:
-        sentences = ["No verdicts: one training of each says little of the next one."]
+        sentences = ["No verdicts: they need five trainings of each, and the models of a claim."]
     runs.write_rows(out / "readings.csv", rows_of(readings, config.seed))
+    if any(rounds):
+        runs.write_rows(out / "rounds.csv", rows_of(rounds, config.seed))
     runs.write_rows(out / "table.csv", [dict(zip(table[0], line)) for line in table[1:]])
     (out / "claims.csv").unlink(missing_ok=True)
     if claims:
@@ -223,7 +236,7 @@ def draw_curves(path, readings, titles):
         for ax, (column, title) in zip(row, titles.items()):
             for k, (model, values) in enumerate(curves_of(readings, prompt).items()):
                 x, mean = values["queries"][0], values[column].mean(0)
-                spread = values[column].std(0)
+                spread = values[column].std(0, ddof=len(readings) > 1)
                 ax.plot(x, mean, DASHES[k % 4], marker=".", label=f" {model}")
                 ax.fill_between(x, mean - spread, mean + spread, alpha=0.12)
             for model in readings[0][prompt]:

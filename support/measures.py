@@ -46,10 +46,12 @@ class Measures:
 
 
 def means(columns, w=1):
-    """Mean and standard error of each column; w: weights of mean 1, of its pictures."""
+    """m = mean(w·v) of each column and its error s(w·(v − m))/√N; w: weights of mean 1."""
     row = {}
     for name, values in columns.items():
-        row[name], row[name + "_se"] = mean_se(w * values)
+        m = (w * values.double()).mean()
+        _, row[name + "_se"] = mean_se(w * (values - m))
+        row[name] = m.item()
     return row
 
 

@@ -45,6 +45,7 @@ def test_as_many_seeds_as_are_needed_tell_an_effect_four_times_in_five():
         told.append((p <= level).mean())
     assert told[0] < 0.79 and 0.79 < told[1]
     assert evaluation.seeds_needed(-d, level) == S
+    assert evaluation.seeds_needed(np.array([3.0, 4.0, 5.0]), level) == 4  # scipy's cdf is NaN here
     assert evaluation.seeds_needed(np.ones(3), level) == math.inf  # nothing is known of seeds
     assert evaluation.seeds_needed(np.array([-1, 1.001]), level) == math.inf
 
@@ -108,19 +109,19 @@ def test_diversity_is_a_pictures_mean_distance_to_the_others_by_a_double_loop(N)
 # ---- from readings to claims ----------------------------------------------------------------
 
 
-def readings(*points):
+def rounds(*points):
     return [{"kl": kl, "gold": gold} for kl, gold in points]
 
 
 @pytest.mark.equation("equal KL", "05_eval.difference")
-def test_equal_kl_is_the_largest_that_both_have_passed():
-    A = readings((0, 0.5), (10, 0.7), (30, 0.9))
-    B = readings((0, 0.5), (20, 0.6), (12, 0.2))  # it came back: read at 20 all the same
+def test_equal_kl_is_the_largest_that_both_came_to_read_where_they_first_did():
+    A = rounds((0, 0.5), (10, 0.7), (30, 0.9))
+    B = rounds((0, 0.5), (20, 0.6), (12, 0.2), (20, 0.1), (19, 0.3))  # it went back, and away again
     assert ev.at_kl(A, 20, "gold") == pytest.approx(0.8)
-    assert ev.at_kl(B, 6, "gold") == pytest.approx(0.35)
-    of_seed = {"p": {"A": A, "B": B}, "q": {"A": readings((0, 0), (1, 1)), "B": readings((0, 0))}}
+    assert ev.at_kl(B, 6, "gold") == pytest.approx(0.53) and ev.at_kl(B, 20, "gold") == 0.6
+    of_seed = {"p": {"A": A, "B": B}, "q": {"A": rounds((0, 0), (1, 1)), "B": rounds((0, 0))}}
     assert ev.difference(of_seed, "gold", "equal KL", "A", "B") == pytest.approx(0.2 / 2)
-    assert ev.difference(of_seed, "gold", "the end", "A", "B") == pytest.approx((0.7 + 1) / 2)
+    assert ev.difference(of_seed, "gold", "the end", "A", "B") == pytest.approx((0.6 + 1) / 2)
     assert ev.difference(of_seed, "gold", "equal KL", "B", "A") == pytest.approx(-0.1)
 
 
@@ -134,15 +135,17 @@ def test_claims_are_of_a_minus_b_by_seed_and_corrected_for_all_of_them(monkeypat
                       for prompt, shift in (("p", -7), ("q", 7))})
     monkeypatch.setattr(ev, "CLAIMS", (
         ("B wins", "gold", "the end", "B", "A"), ("A wins", "gold", "the end", "A", "B"),
-        ("nobody is there", "gold", "the end", "A", "C"),
+        ("nobody is there", "gold", "the end", "A", "C"), ("rounds", "gold", "equal KL", "A", "B"),
         ("also this", "reward", "the end", "B", "A"), ("or that", "reward", "the end", "A", "B")))
-    found = ev.claims(seeds)
+    A, B = rounds((0, 0), (2, 1)), rounds((0, 0), (4, 0))
+    found = ev.claims(seeds, [{"p": {"A": A, "B": B}}] * 5)
+    assert found.pop(2)["mean"] == 1  # at 2 nats
     assert [(row["claim"], row["verdict"]) for row in found] == [
         ("B wins", "holds"), ("A wins", "fails"), ("also this", "cannot be told"),
         ("or that", "cannot be told")]  # p = 0.03, but twice that by Holm
     p = [stats.ttest_1samp(values, 0).pvalue for values in (gains, elsewhere)]
     assert [row["p"] for row in found] == pytest.approx([p[0], p[0], p[1], p[1]])
-    assert [row["holm"] for row in found] == pytest.approx([4 * p[0]] * 2 + [2 * p[1]] * 2)
+    assert [row["holm"] for row in found] == pytest.approx([5 * p[0]] * 2 + [3 * p[1]] * 2)
     assert found[0]["mean"] == pytest.approx(1) == -found[1]["mean"]
 
 

@@ -2,6 +2,7 @@
 import csv
 import json
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ def methods(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(methods):
-    folders = [str(methods.out / "train" / f"four_stars_{name}") for name in (
+    folders = [str(methods.out / "train" / f"{name}_four_stars") for name in (
         "DPOK_seed5", "SFT_seed6")]
     return evaluate(methods.out / "compared", "--prompts", "bias", "--samples", str(N), "--pool",
                     "3", "--runs", *folders)
@@ -80,6 +81,10 @@ def make_runs(wanted, out, jobs=1):
             models.save_trained(pipe, weights)
             (weights / "config.json").write_text(json.dumps(settings))
         (folder / "evaluation.json").write_text("{}")
+        rounds = [f"{4 * n},{n * (k + 1)},{0.1 * n + 0.01 * k + 0.001 * seed}" for n in range(1, 9)]
+        has_kl = command[0] != "03_ddpo.py"
+        (folder / "metrics.csv").write_text("\n".join(
+            ["queries,kl,gold", *rounds] if has_kl else ["queries", "4"]))
 
 
 def draw(folder, prompts, seed, purpose=COMPARE):
@@ -111,7 +116,7 @@ def test_each_reading_is_what_its_weights_alone_give_on_the_seeds_noise(
         seed, prompt, model, queries, methods, pipe):
     folder = None
     if model != "pretrained":
-        folder = methods.out / "train" / f"{prompt.replace(' ', '_')}_{model}_seed{seed}"
+        folder = methods.out / "train" / f"{model}_seed{seed}_{prompt.replace(' ', '_')}"
         if queries < 32:
             folder = folder / "rounds" / f"{queries // 4:03d}"
     images, path_kl = draw(folder, [prompt] * N, seed)
@@ -161,6 +166,18 @@ def test_verdicts_and_cells_are_those_of_readings_csv_alone(methods):
             spread = np.std(d, ddof=1) / 2**0.5
             assert claim["high"] - claim["mean"] == pytest.approx(12.7062 * spread, rel=1e-2)
     assert len(methods.judged) == len(ev.CLAIMS)
+    by_rounds = {}
+    for row in rows_of(methods.out / "rounds.csv"):
+        by_rounds.setdefault((row["model"], row["seed"], row["prompt"]), []).append(row)
+    d = []
+    for seed, prompt in product((5, 6), PROMPTS):
+        A, B = (by_rounds[model, seed, prompt] for model in ("DPOK", "DPOK_no_KL"))
+        kl = min(A[-1]["kl"], B[-1]["kl"])
+        gold = [np.interp(kl, [row["kl"] for row in rows], [row["gold"] for row in rows])
+                for rows in (A, B)]
+        d.append(gold[0] - gold[1])
+    assert methods.judged[-1]["mean"] == pytest.approx(np.mean(d))
+    assert {model for model, *_ in by_rounds} == {"SFT", "DPOK", "DPOK_no_KL"}
     lines = {line["model"]: line for line in rows_of(methods.out / "table.csv")}
     assert list(lines) == ["pretrained", "ceiling", "best of 1", "best of 3", *METHODS]
     gold = [np.mean([row["gold"] for row in ends["DPOK", seed]]) for seed in (5, 6)]
@@ -171,7 +188,7 @@ def test_verdicts_and_cells_are_those_of_readings_csv_alone(methods):
 
 def test_a_page_has_a_verdict_a_claim_and_all_figures(methods, compared):
     assert methods.page.count("<img") == compared.page.count("<img") == len(evaluation.CAPTIONS)
-    assert methods.page.count("p = ") == len(ev.CLAIMS) and "No verdicts" in compared.page
+    assert methods.page.count("p after Holm") == len(ev.CLAIMS) and "No verdicts" in compared.page
     assert {row["model"] for row in compared.rows} == {
         "pretrained", "ceiling", "best of 4", "best of 16", "best of 64",
-        "four_stars_DPOK_seed5", "four_stars_SFT_seed6"}
+        "DPOK_seed5_four_stars", "SFT_seed6_four_stars"}

@@ -39,10 +39,10 @@ def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_fi
                  high=1.25, p=0.04, holm=0.0012345, verdict="holds", seeds_needed=7)
     sentence = evaluation.sentence_of(claim)
     assert sentence == (f"holds: A wins\n    A − {NASTY}, gold at the end: +0.500 (-0.250 to "
-                        "+1.250), p = 0.0012")
+                        "+1.250), p after Holm 0.0012")
     untold = evaluation.sentence_of(claim | {"verdict": "cannot be told"})
-    assert untold.endswith("p = 0.0012; to tell an effect of this size takes 7 seeds")
-    assert "takes more than 100 seeds" in evaluation.sentence_of(
+    assert untold.endswith("; if this is the true effect, 7 new seeds would tell it 4 times in 5")
+    assert "more than 100 new seeds" in evaluation.sentence_of(
         claim | {"verdict": "cannot be told", "seeds_needed": math.inf})
     for name in evaluation.CAPTIONS:
         (tmp_path / f"{name}.png").write_bytes(b"one")

@@ -57,11 +57,13 @@ def test_columns_are_those_of_the_right_picture_and_prompt(monkeypatch):
     assert chapter.loaded == [*zip(SPECS, ("--reward", "--gold", "--others", "--others"))]
 
 
+@pytest.mark.equation("weighted mean", "support.measures.means")
 def test_means_of_weighted_pictures_have_the_error_of_what_is_averaged():
     r, w = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 1.5, 1.5])
     assert measures.means({"a": r, "b": 2 * r}) == pytest.approx(
         {"a": 3, "a_se": (7 / 3) ** 0.5, "b": 6, "b_se": (28 / 3) ** 0.5})
-    assert measures.means({"a": r}, w)["a"] == 4
+    assert measures.means({"a": r + 50}, w) == pytest.approx(
+        {"a": 54, "a_se": ((0 + 9 + 9) / 2) ** 0.5 / 3**0.5})  # of 0, -3 and 3
 
 
 def test_embeddings_are_the_flags_clips_of_each_picture_in_batches_or_not(monkeypatch):
