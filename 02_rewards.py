@@ -13,7 +13,7 @@ THE EQUATIONS. reward(images: list[PIL.Image], prompts: list[str]) -> B numbers,
     vlm_alignment       BERTScore recall of the prompt in what a vision-language model answers
                         to "what is going on in this image?"                   DDPO
     vlm_strict          share of questions ("how many?", "what?") that it answers correctly
-    quality             how far it is made of whole shapes of tiny_sd's world (judge.quality)
+    quality             how much of it is whole shapes of tiny_sd's world (judge.quality)
     alignment           share of the objects asked for that are there, exact, in that world
 
 The last is our *gold* reward, what we mean. image_reward and the vlm ones stand in for it: proxies.

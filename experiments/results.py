@@ -85,6 +85,17 @@ def frontier(out, trained):
                  *folders)
 
 
+def quality(out, tuned):
+    """Gold and quality of trainings of the tuning, some of which have collapsed."""
+    rows = []
+    for k, prompt in enumerate(tune.PROMPTS):
+        folders = map(str, sorted(tuned.glob(f"*_{k}_seed100")))
+        command = ("05_eval.py", "--prompts", prompt, "--samples", "64", "--runs", *folders)
+        lines = start(out / str(k) / "table.csv", *command)
+        rows += [{"prompt": prompt} | line for line in lines]
+    return rows
+
+
 def stopping(out, trained):
     """What is kept of chapter 5's trainings, by the rule with three bounds and in hindsight."""
     folders = map(str, sorted(trained.glob("*_seed1[012]_four_stars")))
@@ -148,6 +159,7 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "variance": variance,
     "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
     "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
+    "quality": lambda out: quality(out / "quality", out / "tuning"),
     "eval_seeds": lambda out: fresh(
         out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH),
     "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],

@@ -186,7 +186,7 @@ def read(images):
 
 
 def quality(images, prompts=None):
-    """q = 1 − Σ|x − x̂| / (Σ|x − b| + Σ|x̂ − b|): how far pictures are made of whole shapes.
+    """q = 1 − Σ|x − x̂| / (Σ|x − b| + Σ|x̂ − b|): how much of pictures is whole shapes.
 
     x̂ is the picture drawn again from what is seen and read in it, b its background, the median
     color; sums over pixels and channels. What no shape explains costs: noise, blur, torn or melted
