@@ -14,8 +14,8 @@ gold_n, the truth, is of many others, and no rule knows it.
 Hindsight is no rule: it has seen all of training, and the truth. Its figure is chosen on the very
 pictures that it is measured on, so it is too high; those of the rule and of the end are not.
 
-RUN `python experiments/early_stopping.py --runs runs/eval/train/*_seed0_*`: runs of 03, 04 or sft.py
-that were trained with `--keep-every`; about ten seconds for each kept round on one CPU core.
+RUN `python experiments/early_stopping.py --runs runs/eval/train/*_seed0_*`: runs of 03, 04 or
+sft.py, trained with `--keep-every`; about ten seconds for each kept round on one CPU core.
 EXPECT the labels to undo a training that collapses, and elsewhere to end about where training ends,
 at a higher price; and a bound of 100 nats to stop most RL far too early, for its path KL, which is
 only an upper bound, often grows without harm. TRY `--labels 512`, `--kl-bound 100 1000 inf`.
