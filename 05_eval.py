@@ -44,12 +44,12 @@ mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # RewardFlags, get_reward, score
 dpok = import_module("04_dpok")  # step_means, path_kl
 
-METHODS = {  # method -> its script, its flags, and those that tune.py is to choose (not yet done)
+METHODS = {  # method -> its script and flags, and what tune.py has chosen
     "SFT": ("experiments/sft.py --data fixed --weights sparse",
-            "--learning-rate 0.001 --updates-per-round 2 --passes 4"),
+            "--learning-rate 0.001 --passes 16"),
     "DDPO_IS": ("03_ddpo.py --prompts-per-round 1 --no-anneal",
-                "--learning-rate 0.001 --updates-per-round 5"),
-    "DPOK": ("04_dpok.py", "--learning-rate 0.001 --updates-per-round 20"),
+                "--learning-rate 0.0003 --updates-per-round 20"),
+    "DPOK": ("04_dpok.py", "--learning-rate 0.003 --updates-per-round 5"),
     "DPOK_no_KL": ("04_dpok.py --beta 0", "--learning-rate 0.001 --updates-per-round 5")}
 CLAIMS = (  # a sentence; in what, read off where, and the first model is above the second
     ("RL is above imitation", "reward", "the end", "DPOK", "SFT"),
