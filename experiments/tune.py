@@ -26,7 +26,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import ddpo_rewards, tables  # noqa: E402
-from support import commands, flags, models, runs, training  # noqa: E402
+from support import commands, evaluation, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -129,9 +129,8 @@ def main(argv=None):
         own = {setting: found[method, setting] for setting in settings}
         chosen = choose(own)
         for setting in sorted(own, key=lambda setting: (setting != chosen, -len(own[setting]))):
-            mean, error = training.mean_se(own[setting])
             rows.append({"method": method, "setting": setting, "seeds": len(own[setting]),
-                         "reward": tables.rounded(mean, error), "se": tables.rounded(error, error),
+                         "reward": evaluation.cell(*training.mean_se(own[setting])),
                          "chosen": "chosen" if setting == chosen else ""})
     runs.write_rows(Path(config.out, "tuning.csv"), rows)
     print(tables.as_text(rows))

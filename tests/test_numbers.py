@@ -27,6 +27,13 @@ def test_a_table_says_what_made_it_and_is_on_the_page(file):
     assert mark in README.read_text(encoding="utf-8")
 
 
+def test_chapter_5_has_the_settings_that_tuning_has_chosen():
+    _, rows = import_module("experiments.results").read(README.parent / "tuning.csv")
+    chosen = {row["method"]: row["setting"] for row in rows if row["chosen"]}
+    methods = import_module("05_eval").METHODS
+    assert chosen == {method: tuned for method, (_, tuned) in methods.items()}
+
+
 @pytest.mark.parametrize("chapter", sorted(ROOT.glob("0*.py")), ids=lambda file: file.name)
 def test_a_number_that_a_chapter_expects_was_measured(chapter):
     """A decimal behind EXPECT, rounded as it is there, stands in some CSV file."""
