@@ -250,7 +250,9 @@ def draw_curves(path, readings, titles):
                                     xycoords=("axes fraction", "data"), textcoords="offset points")
             ax.set(xlabel="reward queries", title=f"{prompt}: {title}")
             ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
+    handles, labels = ax.get_legend_handles_labels()
+    ncols = max(1, int(15 * size[0]) // (8 + max(map(len, labels))))  # so many have room
+    figure.legend(handles, labels, fontsize=8, ncols=ncols, loc="outside lower center")
     figure.savefig(path)
 
 
