@@ -440,6 +440,27 @@ def test_results_keep_a_tables_head_and_render_it(tmp_path, monkeypatch, fake_ru
     assert rows[0]["kl after"] == "20.0"
 
 
+def test_results_start_their_scripts_on_the_runs_that_are_meant(tmp_path, monkeypatch):
+    for name in ("DPOK_seed10_four_stars", "DPOK_seed11_four_stars", "DPOK_seed10_an_orange_star",
+                 "SFT_x_0_seed100", "SFT_x_1_seed100"):
+        (tmp_path / name).mkdir()
+    found = []
+
+    def start(file, script, *words):
+        module = import_module(script.removesuffix(".py").replace("/", "."))
+        found.append(flags.parse(module.Config, "", list(words)))
+        return []
+
+    monkeypatch.setattr(results, "start", start)
+    for rows_of in (results.frontier, results.stopping, results.quality):
+        rows_of(tmp_path / "out", tmp_path)
+    assert [[Path(folder).name for folder in config.runs] for config in found] == [
+        ["DPOK_seed10_four_stars"], ["DPOK_seed10_four_stars", "DPOK_seed11_four_stars"],
+        ["SFT_x_0_seed100"], ["SFT_x_1_seed100"]]
+    assert found[0].prompts == "four stars"  # which its runs were trained on
+    assert [config.prompts for config in found[2:]] == [(prompt,) for prompt in tune.PROMPTS]
+
+
 def test_lemma_prints_both_sides(tmp_path):
     sides = lemma.main(["--eta", "0.9", "--out", f"{tmp_path}/lemma.png"])
     for m, (kl, bound) in zip(lemma.MEANS, sides[50], strict=True):
