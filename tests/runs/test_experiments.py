@@ -360,11 +360,12 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
 def test_ddpos_samples_are_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(figures, "sheet", lambda *sheet: sheets.append(sheet))
-    words = ["--methods", "DDPO_IS", "--seed", "3", "--prompts", "location", "--out", str(tmp_path),
-             "--", "--film-pictures", "2"]
+    words = ["--methods", "DDPO_IS", "--seed", "3", "--seeds", "2", "--prompts", "location",
+             "--out", str(tmp_path), "--", "--film-pictures", "2"]
     (row,) = ddpo_rewards.main(words)
     rewards = ("compressibility", "incompressibility", "aesthetic")
-    assert [(config.reward, config.seed) for config in fake_runs] == [(r, 3) for r in rewards]
+    assert [(config.reward, config.seed) for config in fake_runs] == [
+        (reward, seed) for seed in (3, 4) for reward in rewards]
     assert list(row) == ["method", *rewards] and not (tmp_path / "claims.csv").exists()
     path, pictures, names, columns = sheets[-1]
     assert columns == training.spread_evenly(get_prompts("location"), 2)

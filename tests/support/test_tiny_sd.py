@@ -182,7 +182,7 @@ def test_no_broken_picture_has_the_quality_of_whole_ones():
     whole = rewards.score(quality, make_tiny_sd.images_of(pictures), captions)
     assert whole.mean() > 0.97 and whole.min() > 0.9
     broken = make_tiny_sd.images_of(make_rewards.broken_pictures(pictures, seed=6))
-    broken += [Image.new("RGB", (64, 64), (233, 240, 240))]  # empty
+    assert judge.quality([Image.new("RGB", (64, 64), (233, 240, 240))]) == [0.0]  # empty
     warped = make_tiny_sd.images_of(pictures)[0].resize((96, 64)).crop((16, 0, 80, 64))
     assert max(judge.quality([*broken, warped])) < 0.9
 
