@@ -14,7 +14,7 @@ New in the code:
   Value            the baseline is V(x_t, z, t) ≈ E[r | x_t], with its own value at each step
 
 RUN `python 04_dpok.py`: it cures "four stars", which the pretrained model takes for a brand's
-yellow circle. EXPECT alignment, never trained on, to reach 0.84 in one minute on two CPU cores.
+yellow circle. EXPECT alignment, never trained on, to reach about 0.8 in 3 minutes on 2 CPU cores.
 TRY `--beta 0` (what does the same cure cost in nats?), `--prompts tasks --prompts-per-round 5`.
 Like the paper, the KL's gradient leaves out how θ changes which states are visited.
 DEPARTURES. The published code's "KL" is an unweighted mean square, it clips without min, and draws

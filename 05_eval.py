@@ -18,12 +18,11 @@ seed, are independent, and tell of other seeds, on these same prompts.
     p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m), for m claims (Holm 1979)
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
-RUN `python 05_eval.py`. It prints and starts each command that has no finished run yet, and writes
-runs/eval/index.html. EXPECT both methods of `--quick` to draw an orange star nearly always (the
-pretrained model: three times in four), and best of n to be ahead. TRY `--seeds 5` for verdicts,
-`--runs A B` to compare any run folders. DEPARTURES. Only learning rate, updates per round and SFT's
-passes are tuned (experiments/tune.py). EXERCISES. (1) Which method is best per nat? (2) Evaluate
-chapter 3's run: `--prompts location --runs runs/ddpo_is_...`.
+RUN `python 05_eval.py`. It starts each training that is not there yet, and writes index.html in
+runs/eval/. EXPECT both methods of `--quick` to draw an orange star nearly always (the pretrained
+model: three times in four), and best of n to be ahead. TRY `--seeds 5`, `--runs A B` to compare any
+run folders. DEPARTURES. Only learning rate, updates per round and SFT's passes are tuned (tune.py).
+EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's run, `--prompts location`.
 """
 import math
 from contextlib import nullcontext
@@ -75,7 +74,7 @@ class Config(rewards.RewardFlags):
     samples: int = 128  # pictures of each model on each prompt
     pool: int = 640  # pretrained pictures of each prompt, for best of n and the ceiling
     best_of: tuple[int, ...] = (4, 16, 64)  # n
-    seeds: int = 1  # trainings of each method; verdicts need five
+    seeds: int = 1  # trainings of each method; verdicts take two, and tell little below five
     jobs: int = 1  # trainings side by side
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
@@ -94,7 +93,7 @@ SD = flags.published("05_eval")
 
 
 def interval(d):
-    """d̄ ± t·s/√S and p = 2·P(T > |d̄|·√S/s),  T ~ Student's, S − 1 degrees.   (S,) -> a dict
+    """d̄ ± t·s/√S and p = 2·P(T > |d̄|·√S/s),  T ~ Student's t_{S−1}.   (S,) -> a dict
 
     t is T's 97.5 % quantile. Where s, d's standard deviation, is 0, seeds say nothing: p = 1.
     """
@@ -172,10 +171,11 @@ def train(configs):
     out = Path(configs[0].out, "train")
     for config in configs:
         folders = {}
+        methods = [] if config.runs else config.methods
         for prompt in config.prompts:
             for label, folder in runs.labels(config.runs).items():
                 folders[prompt, label] = folder
-            for method in () if config.runs else config.methods:
+            for method in methods:
                 name = runs.clean(f"{method}_seed{config.seed}_{Path(prompt).stem}")
                 if name in wanted:
                     raise ValueError(f"--prompts {prompt!r}: another one begins in the same way")

@@ -1,4 +1,4 @@
-"""Which estimator learns most of DDPO's own rewards from equal queries? (DDPO, Figure 4)
+"""Which estimator raises DDPO's own rewards most with equal queries? (DDPO, Figure 4)
 
 Chapter 3's two estimators beside reward-weighted regression, on three rewards that need no prompt,
 without a KL term. Each pays 1,600 reward queries:

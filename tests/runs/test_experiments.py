@@ -49,9 +49,8 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, beta, tmp
     (tmp_path / "prompts.txt").write_text("\n".join(names))
     words = [*TINY, "--data", data, "--weights", weights, "--temperature", "30", "--keep", "0.34",
              "--beta", str(beta), "--passes", "2", "--prompts", f"{tmp_path}/prompts.txt",
-             "--prompts-per-round", "2",
-             "--samples-per-prompt", "3", "--weight-decay", "0.5", "--train-batch-size", "4",
-             "--anneal", "--out", str(tmp_path), "--name", "run"]
+             "--prompts-per-round", "2", "--samples-per-prompt", "3", "--weight-decay", "0.5",
+             "--train-batch-size", "4", "--anneal", "--out", str(tmp_path), "--name", "run"]
     run = sft.main(words)
     config = flags.parse(sft.Config, "", words)
 
@@ -489,8 +488,7 @@ def test_no_flag_is_parsed_and_dropped(name):
     (sft, "--temperature 0", "--temperature"), (sft, "--gold beauty", "--gold beauty"),
     (variance, "--groups 99", "--groups"), (frontier, "--prompts count", "--prompts count"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas", "--betas"), (sweep, "-- --beta 1", "--beta"),
-    (sweep, "-- --rounds 0", "--rounds"), 
-    (ddpo_rewards, "-- --num-steps 0", "--num-steps"),
+    (sweep, "-- --rounds 0", "--rounds"), (ddpo_rewards, "-- --num-steps 0", "--num-steps"),
     (generalization, "--prompts nothing", "--prompts nothing"), (tune, "--rounds 0", "--rounds"),
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
     (overoptimization, "-- --value", "--value")])
