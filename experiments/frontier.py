@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, flags, models, runs, training  # noqa: E402
+from support import evaluation, flags, models, runs, training  # noqa: E402
 from support.figures import Figure  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
@@ -189,9 +189,7 @@ def table_of(curve, others):
         least = least_kl(curve, point.get("least reward", point["reward"]))
         row = {"what": what, "KL at least": f"{least:.3g}", "KL at most": f"{point['kl']:.3g}"}
         for name in ("reward", "gold"):
-            error = point[f"{name}_se"]
-            row[name] = tables.rounded(point[name], error)
-            row[f"{name}_se"] = tables.rounded(error, error)
+            row[name] = evaluation.cell(point[name], point[f"{name}_se"])
         rows.append(row)
     return rows
 

@@ -9,8 +9,7 @@ A proxy that is optimized long enough is pleased in ways that nobody meant. In t
 
     hindsight's best = the round at which gold's mean over the last five rounds is highest
 
-It looks at gold of all rounds, so it is no rule for stopping. early_stopping.py has one that could
-be used, for runs whose weights are kept on the way: here those of the part "proxy".
+It looks at gold of all rounds, so it is no rule for stopping; early_stopping.py has one.
 
 RUN `python experiments/overoptimization.py`: 30 minutes on two CPU cores; `--only writing`: 10. It
 prints and starts commands (you can type the same), leaves out finished runs, and refuses one with
@@ -32,7 +31,8 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, figures, flags, models, reward_models, runs, training  # noqa: E402
+from support import commands, evaluation, figures, flags, models  # noqa: E402
+from support import reward_models, runs, training  # noqa: E402
 from support.figures import Figure  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
@@ -51,7 +51,6 @@ class Config:
     reward: str = "image_reward"  # the proxy that is optimized too far
     gold: str = "alignment"  # what is really meant
     seed: int = 0  # seed of everything
-    name: str = "overoptimization"  # runs and pictures are called NAME_...
     out: str = "runs"  # folder of all runs
     flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 4
 
@@ -60,7 +59,7 @@ def command_of(part, beta, config):
     """The command of a part's run with this β."""
     pictures = config.samples_per_prompt
     own = {
-        "proxy": ["--reward", config.reward, "--keep-every", "5"],
+        "proxy": ["--reward", config.reward],
         "noise": ["--reward", "incompressibility", "--no-value"],
         "writing": ["--reward", "vlm_strict", "--no-value", "--prompts", "count",
                     "--prompts-per-round", str(PROMPTS), "--film-pictures", "32"]}
@@ -115,7 +114,7 @@ def compare(part, folders, config):
         highest = training.mean_se(gold[max(0, best + 1 - WINDOW):best + 1])
         row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
         row["hindsight's best round"] = best + 1
-        row["gold over its last five rounds"] = tables.rounded(*highest)
+        row["gold over its last five rounds"] = evaluation.cell(*highest)
         rows.append(row)
         label = f"β = {beta:g}, {row['kl after']} nats"
         of_reward[label] = queries, running_mean([line["reward"] for line in rounds]), [best]
@@ -128,7 +127,7 @@ def compare(part, folders, config):
             row["number written after"], row["any digit after"] = shares[-1]
             of_number[label] = list(frames), [right for right, _ in shares], []
             panels["the number is written"] = of_number
-    start = Path(config.out, f"{config.name}_{part}")
+    start = Path(config.out, f"overoptimization_{part}")
     draw_lines(f"{start}.png", panels)
     if part == "writing":
         ask = reward_models.load_vlm(models.read_config(folders[0.0])["vlm"], "cpu")
@@ -183,7 +182,7 @@ def main(argv=None):
     for part in [config.only] if config.only else BETAS:
         folders[part] = {}
         for beta in BETAS[part]:
-            name = f"{config.name}_{part}_beta_{beta:g}"
+            name = f"overoptimization_{part}_beta_{beta:g}"
             folders[part][beta] = Path(config.out, name)
             wanted[name] = command_of(part, beta, config)
     commands.train_missing(wanted, config.out)
@@ -191,7 +190,7 @@ def main(argv=None):
     for part in folders:
         rows[part] = compare(part, folders[part], config)
         print(f"\n{part}, on pictures from fresh noise:\n{tables.as_text(rows[part])}")
-    print(f"The pictures: {Path(config.out, config.name)}_*.png")
+    print(f"The pictures: {config.out}/overoptimization_*.png")
     return rows
 
 

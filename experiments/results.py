@@ -96,13 +96,6 @@ def quality(out, tuned):
     return rows
 
 
-def stopping(out, trained):
-    """What is kept of chapter 5's trainings, by the rule with three bounds and in hindsight."""
-    folders = map(str, sorted(trained.glob("*_seed1[012]_four_stars")))
-    return start(out / "table.csv", "experiments/early_stopping.py", "--kl-bound", "100", "1000",
-                 "inf", "--runs", *folders)
-
-
 # ---- CSV files with a head, and README.md ---------------------------------------------------
 
 
@@ -174,7 +167,9 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
         out / "prompt_alignment", "experiments/generalization.py", ("prompts.csv",), "--reward",
         "vlm_alignment", "--prompts", "count", "composition", "location", "--seeds", "3"),
     "frontier": lambda out: frontier(out / "frontier", out / "eval_seeds" / "train"),
-    "early_stopping": lambda out: stopping(out / "early_stopping", out / "eval_seeds" / "train"),
+    "early_stopping": lambda out: start(
+        out / "early_stopping" / "table.csv", "experiments/early_stopping.py", "--comparison",
+        str(out / "eval_seeds")),
     "overoptimization": lambda out: overoptimized(out, "proxy"),
     "writing": lambda out: overoptimized(out, "writing")}
 

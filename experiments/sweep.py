@@ -10,10 +10,10 @@ RUN `python experiments/sweep.py`: 6 minutes on two CPU cores. It prints and sta
 each β (you can type the same), leaves out those whose run is finished, and refuses a finished run
 that was made with other settings. Flags behind a lone -- are passed on to chapter 4:
 
-    python experiments/sweep.py --betas 0 0.01 0.1 --name short -- --rounds 10 --prompts tasks
+    python experiments/sweep.py --betas 0 0.01 0.1 --out runs/short -- --rounds 10 --prompts tasks
 
 EXPECT the path KL at β = 0 to be several times that at chapter 4's β, for the same gold.
-WRITES runs/sweep_beta_B/ for each β (run folders as chapter 4's) and the plot runs/sweep.png.
+WRITES in --out sweep_beta_B/ for each β (run folders as chapter 4's), and the plot sweep.png.
 """
 import sys
 from dataclasses import dataclass
@@ -30,8 +30,7 @@ from support.figures import Figure  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3)  # chapter 4 is run with each of these β
-    name: str = "sweep"  # runs are called NAME_beta_B, and the plot NAME.png
-    out: str = "runs"  # folder of all runs
+    out: str = "runs"  # folder of all runs, and of sweep.png
     flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 4
 
 
@@ -53,13 +52,13 @@ def draw(path, summaries):
 
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
-    folders = {beta: Path(config.out, f"{config.name}_beta_{beta:g}") for beta in config.betas}
+    folders = {beta: Path(config.out, f"sweep_beta_{beta:g}") for beta in config.betas}
     wanted = {folder.name: ["04_dpok.py", "--beta", str(beta), *config.flags]
               for beta, folder in folders.items()}
     commands.train_missing(wanted, config.out)
     rows = [{"beta": beta} | tables.gains_of(folder) for beta, folder in folders.items()]
     print(f"\n{tables.as_text(rows)}")
-    path = Path(config.out, f"{config.name}.png")
+    path = Path(config.out, "sweep.png")
     draw(path, {beta: tables.summary_of(folder) for beta, folder in folders.items()})
     print(f"On pictures from fresh noise; kl is the path KL in nats. The plot: {path}")
     return rows

@@ -1,15 +1,8 @@
 """Tables for the scripts beside it: what runs ended with, rounded to what errors allow."""
 import json
-import math
 from pathlib import Path
 
-
-def rounded(value, error):
-    """A number as text, up to the second digit of its error; three digits where there is none."""
-    if not error > 0:
-        return f"{value:.3g}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{decimals}f}"
+from support.evaluation import cell
 
 
 def summary_of(folder):
@@ -25,8 +18,7 @@ def gains_of(folder, names=("reward", "gold", "kl")):
         if name in summary:  # chapter 3 measures no gold
             measured = summary[name]
             for part in ("before", "after", "gain"):
-                row[f"{name} {part}"] = rounded(measured[part], measured[f"{part}_se"])
-            row[f"{name} gain_se"] = rounded(measured["gain_se"], measured["gain_se"])
+                row[f"{name} {part}"] = cell(measured[part], measured[f"{part}_se"])
     return row
 
 

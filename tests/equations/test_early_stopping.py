@@ -8,7 +8,7 @@ equation = pytest.mark.equation
 
 def rounds(kl, labels=None, gold=None):
     """Kept rounds with 100 reward queries between two of them."""
-    return [{"path_kl": kl[n], "queries": 100 * n, "labels_mean": (labels or kl)[n],
+    return [{"kl": kl[n], "queries": 100 * n, "labels": (labels or kl)[n],
              "gold": (gold or kl)[n]} for n in range(len(kl))]
 
 
@@ -31,12 +31,6 @@ def test_the_rule_keeps_the_best_labels_before_the_bound(kl, labels, k, m):
 def test_price_is_all_training_until_the_stop_and_all_labels(m, want):
     """Of rounds 0 to 3. The stop itself is trained, not labeled; without one, all are labeled."""
     assert es.price(rounds([0, 1, 2, 3]), m, 7) == want
-
-
-def test_kept_rounds_come_in_order(tmp_path):
-    for name in ("1000", "500", ".hidden"):
-        (tmp_path / "rounds" / name).mkdir(parents=True)
-    assert list(es.kept_rounds(tmp_path, {"rounds": 1200})) == [0, 500, 1000, 1200]
 
 
 @equation("hindsight's best", "experiments.early_stopping.hindsights_best")

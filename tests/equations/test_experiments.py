@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from experiments import lemma, overoptimization, sft, tables, variance
+from experiments import lemma, overoptimization, sft, variance
 from tests.equations import closed_forms as chain
 from tests.equations.closed_forms import linear_steps, randn, stable_scheduler
 
@@ -103,10 +103,3 @@ def test_gradient_variance_is_that_of_a_mean_of_groups():
 def test_hindsights_best_by_hand():
     assert overoptimization.hindsights_best([0, 9, 0, 0, 0, 5, 5, 5, 5, 5, 1]) == 9
     assert overoptimization.hindsights_best([3, 1, 2]) == 0
-
-
-@pytest.mark.parametrize("value, error, text", [
-    (0.2578, 0.0404, "0.258"), (148.2837, 10.0285, "148"), (-1.1176, 0.42, "-1.12"),
-    (17.1057, 0.0999, "17.106"), (0.25, math.nan, "0.25"), (1 / 3, 0, "0.333")])
-def test_a_number_has_the_digits_that_its_error_allows(value, error, text):
-    assert tables.rounded(value, error) == text
