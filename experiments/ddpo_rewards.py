@@ -12,8 +12,8 @@ Each method is to get the best of its four settings (`tune.py --experiment ddpo_
 claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
 reward: six claims, corrected by Holm, with an interval over seeds.
 
-RUN `python experiments/ddpo_rewards.py --seeds 5 --jobs 2`: 60 trainings, some hours on two CPU
-cores (not timed yet); what is finished is kept. `--methods DDPO_IS` makes DDPO's samples alone.
+RUN `python experiments/ddpo_rewards.py --seeds 5`: 60 trainings, some hours on two CPU cores (not
+timed yet); what is finished is kept. `--methods DDPO_IS` makes DDPO's samples alone.
 WRITES run folders in --out, queries.csv with every look at fresh noise, table.csv, claims.csv,
 queries.png, and samples.png: what each reward makes of the same noise.
 """
@@ -66,7 +66,7 @@ class Config:
     prompts: str = "color"  # what to draw: a prompt set of chapter 3, a file, or one prompt
     seeds: int = 1  # trainings of each; claims need two, better five
     seed: int = 10  # of the first of them
-    jobs: int = 1  # trainings side by side
+    jobs: int = 2  # trainings side by side
     out: str = "runs/ddpo_rewards"  # folder of the runs and of what is written
     flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for every training
 

@@ -6,9 +6,9 @@ reward that was paid and by gold, what is meant:
 
     share = gain on the new half / gain on the trained half,  if that is beyond two errors
 
-RUN `python experiments/generalization.py --seeds 5 --jobs 2`: two minutes a training on two CPU
-cores (what it shows is not measured yet). A new prompt of the family has each of its words in
-common with trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
+RUN `python experiments/generalization.py --seeds 5`: two minutes a training on two CPU cores (what
+it shows is not measured yet). A new prompt of the family has each of its words in common with
+trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
 prompt alignment, where a vision-language model says what it sees: `--reward vlm_alignment --prompts
 count composition location`. Flags behind a lone -- are passed on to chapter 3.
 WRITES in --out the run folders and their prompts' files, prompts.csv (each prompt of each training)
@@ -42,7 +42,7 @@ class Config:
     samples: int = 8  # pictures of each prompt, before and after
     seeds: int = 1  # trainings of each family; an interval needs two, better five
     seed: int = 10  # of the first of them
-    jobs: int = 1  # trainings side by side
+    jobs: int = 2  # trainings side by side
     out: str = "runs/generalization"  # folder of the runs and of what is written
     flags: Positional[tuple[str, ...]] = ()  # behind a lone --: for chapter 3
 

@@ -72,7 +72,7 @@ def variance(out):
 
 def fresh(out, script, raw, *words):
     """The table of a script over fresh seeds; the numbers behind it go to raw/."""
-    lines = start(out / "table.csv", script, *words, "--jobs", "2")
+    lines = start(out / "table.csv", script, *words)
     for file in raw:
         shutil.copy(out / file, HERE / "raw" / f"{out.name}_{file}")
     return lines
@@ -151,13 +151,14 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "dpok_sweep": lambda out: sweep.main(["--out", str(out)]),
     "variance": variance,
     "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
-    "tuning": lambda out: tune.main(["--jobs", "2", "--out", str(out / "tuning")]),
+    "tuning": lambda out: tune.main(["--out", str(out / "tuning")]),
     "quality": lambda out: quality(out / "quality", out / "tuning"),
     "eval_seeds": lambda out: fresh(
-        out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH),
+        out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH, "--prompts",
+        "an orange star", "four stars"),
     "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],
     "ddpo_rewards_tuning": lambda out: tune.main([
-        "--experiment", "ddpo_rewards", "--jobs", "2", "--out", str(out / "ddpo_rewards_tuning")]),
+        "--experiment", "ddpo_rewards", "--out", str(out / "ddpo_rewards_tuning")]),
     "ddpo_rewards": lambda out: fresh(
         out / "ddpo_rewards", "experiments/ddpo_rewards.py", ("queries.csv",), *FRESH),
     "ddpo_rewards_claims": lambda out: read(out / "ddpo_rewards" / "claims.csv")[1],

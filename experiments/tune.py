@@ -13,8 +13,8 @@ is too high, being chosen by it: the claims' trainings say what a method reaches
 are no claim's: settings of chapter 5 are judged on one prompt like "an orange star" and one like
 "four stars" (r is the mean over both), at half of its queries.
 
-RUN `python experiments/tune.py --jobs 2`: 80 trainings, some hours on two CPU cores; what is
-finished is kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.
+RUN `python experiments/tune.py`: 80 trainings, some hours on two CPU cores; what is finished is
+kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.
 WRITES run folders in --out, and tuning.csv with a line for each setting, the chosen ones first.
 """
 import sys
@@ -53,7 +53,7 @@ class Config:
     experiment: Literal["eval", "ddpo_rewards"] = "eval"  # whose methods
     rounds: int = 20  # rounds of each of chapter 5's trainings
     seed: int = 100  # the first of three; no claim uses them
-    jobs: int = 1  # trainings side by side
+    jobs: int = 2  # trainings side by side
     out: str = "runs/tuning"  # folder of the runs and of tuning.csv
 
 

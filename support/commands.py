@@ -3,12 +3,13 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, fields
 from pathlib import Path
 from threading import Event
 
 import torch
+from tqdm import tqdm
 
 from support import flags, runs, training
 from support.models import HERE
@@ -25,7 +26,7 @@ def train_missing(commands, out, jobs=1):
     """
     if training.processes() > 1:
         raise ValueError("this script starts others: start it without torchrun")
-    missing = {}
+    missing, total = {}, 0
     for name, command in commands.items():
         folder = Path(out, name)
         new = [*command, "--name", name, "--out", str(out)]
@@ -35,19 +36,29 @@ def train_missing(commands, out, jobs=1):
             runs.check_settings(folder, settings, "move it away, or choose another --out")
         if not runs.is_finished(folder):
             go_on = [*command, "--resume", str(folder)]
-            missing[f"{folder}.log"] = go_on if begun else new
+            missing[folder] = go_on if begun else new
+            total += settings["rounds"]
     failed = Event()
 
-    def run(command, log):
+    def run(folder):
         if not failed.is_set():
             try:
-                start(command, log, jobs)
+                start(missing[folder], f"{folder}.log", jobs)
             except Exception:
                 failed.set()
                 raise
 
     with ThreadPoolExecutor(jobs) as pool:  # waits for all that run, also where one has failed
-        list(pool.map(run, missing.values(), missing))
+        running = [pool.submit(run, folder) for folder in missing]
+        going_on = running
+        silent = jobs == 1 or not missing
+        with tqdm(total=total, desc="trainings", unit="round", disable=silent) as bar:
+            while going_on:
+                going_on = wait(running, timeout=2).not_done
+                rounds = [runs.read_rows(folder / "metrics.csv") for folder in missing]
+                bar.update(sum(map(len, rounds)) - bar.n)
+        for training_of_run in running:
+            training_of_run.result()  # raises what has failed
 
 
 def settings_of(command):
@@ -70,7 +81,8 @@ def start(command, log=None, jobs=1):
 
     Of several jobs, the output is added to the file `log`.
     """
-    print(f"\n$ {as_typed(command)}", flush=True)
+    place = "" if jobs == 1 else f" >> {log}"
+    print(f"\n$ {as_typed(command)}{place}", flush=True)
     script, *words = command
     words = [sys.executable, "-u", str(HERE / script), *words]  # -u: errors at their place in a log
     if jobs == 1:

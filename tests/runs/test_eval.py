@@ -31,7 +31,7 @@ N = 6  # pictures of each model on each prompt
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory):
     words = f"--seeds 2 --samples {N} --pool 9 --best-of 1 3 --rounds 8".split()  # seeds 5 and 6
-    return evaluate(tmp_path_factory.mktemp("methods"), *words)
+    return evaluate(tmp_path_factory.mktemp("methods"), *words, "--prompts", *PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -360,7 +360,7 @@ def test_ddpo_rewards_compares_the_last_looks_of_the_same_seeds(tmp_path, monkey
 def test_ddpos_samples_are_three_rewards_on_the_same_noise(fake_runs, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(figures, "sheet", lambda *sheet: sheets.append(sheet))
-    words = ["--methods", "DDPO_IS", "--seed", "3", "--seeds", "2", "--prompts", "location",
+    words = [*"--jobs 1 --methods DDPO_IS --seed 3 --seeds 2 --prompts location".split(),
              "--out", str(tmp_path), "--", "--film-pictures", "2"]
     (row,) = ddpo_rewards.main(words)
     rewards = ("compressibility", "incompressibility", "aesthetic")

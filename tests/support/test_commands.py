@@ -50,6 +50,7 @@ def main():
         time.sleep(0.02)
     if config.rounds == 1:
         raise ValueError("the loss is not finite")
+    (folder / "metrics.csv").write_text("queries" + "\\n4" * config.rounds)
     (folder / "evaluation.json").write_text("{}")
 
 if __name__ == "__main__":
@@ -104,7 +105,8 @@ def test_an_unfinished_run_goes_on_but_not_with_other_settings(script, tmp_path,
         commands.train_missing({"cut": [script, "--beta", "0.2"]}, tmp_path, jobs)
     commands.train_missing({"cut": [script, "--eval-samples", "9"], "new": [script]}, tmp_path,
                            jobs)
-    assert f"--eval-samples 9 --resume {tmp_path / 'cut'}\n" in capfd.readouterr().out
+    place = "" if jobs == 1 else f" >> {tmp_path / 'cut.log'}"
+    assert f"--eval-samples 9 --resume {tmp_path / 'cut'}{place}\n" in capfd.readouterr().out
     assert finished(tmp_path) == ["cut", "new"]
 
 
@@ -114,11 +116,13 @@ def test_side_by_side_each_has_its_log_and_its_share_of_the_threads(script, tmp_
     monkeypatch.setattr(commands.torch, "get_num_threads", lambda: 7)
     wanted = {"x": [script, "--meets", "y"], "y": [script, "--meets", "x"]}
     commands.train_missing(wanted, tmp_path, jobs=2)  # neither would end without the other
-    printed = capfd.readouterr().out
+    printed, bar = capfd.readouterr()
+    assert "6/6" in bar  # rounds of both
     for name, words in wanted.items():
-        typed = f"$ {commands.as_typed(words)} --name {name} --out {tmp_path}\n"
-        assert (tmp_path / f"{name}.log").read_text() == f"{typed}I am {name} with threads: 3\n"
-        assert typed in printed and f"I am {name}" not in printed
+        typed = f"$ {commands.as_typed(words)} --name {name} --out {tmp_path}"
+        log = tmp_path / f"{name}.log"
+        assert log.read_text() == f"{typed}\nI am {name} with threads: 3\n"
+        assert f"{typed} >> {log}\n" in printed and f"I am {name}" not in printed
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # the reader's own choice
     commands.train_missing({"z": [script]}, tmp_path, jobs=2)
     assert "threads: 9" in (tmp_path / "z.log").read_text()
