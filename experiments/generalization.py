@@ -31,8 +31,6 @@ mdp = import_module("01_mdp")  # rollout
 rewards = import_module("02_rewards")  # get_reward, score
 ddpo = import_module("03_ddpo")  # Config
 
-HALVES = ("trained", "new")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -98,7 +96,7 @@ def table_of(rows, config):
     table = []
     for family in config.prompts:
         gains = {}
-        for half in HALVES:
+        for half in ("trained", "new"):
             line = {"family": Path(family).stem, "half": half, "seeds": config.seeds}
             for name in ("reward", "gold"):
                 before, after = (means(rows, family, half, f"{name} {when}")
