@@ -407,7 +407,7 @@ def test_generalization_trains_on_one_half_by_lot_and_judges_both(tmp_path, monk
     for seed in ("1", "2"):
         of_seed = [row for row in rows if (row["family"], row["seed"]) == ("location", seed)]
         half, new = ([row["prompt"] for row in of_seed if row["half"] == name]
-                     for name in generalization.HALVES)
+                     for name in ("trained", "new"))
         assert half == trained[int(seed), "location"] and sorted(half + new) == sorted(everything)
         assert len(half) == len(everything) // 2
     assert set(trained[1, "location"]) != set(trained[2, "location"])
