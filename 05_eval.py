@@ -311,8 +311,7 @@ def main(argv=None):
     judged = []
     if seeds > 1 and not config.quick:
         judged = claims(readings, rounds)
-    lines = evaluation.write(config, readings, rounds, judged, folders[0], images[0])
-    print("\n".join(lines))
+    print(evaluation.write(config, readings, rounds, judged, folders[0], images[0]))
     return readings, judged
 
 

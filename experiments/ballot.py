@@ -23,8 +23,7 @@ from PIL import Image
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import tables  # noqa: E402
-from support import flags, models, runs, training  # noqa: E402
+from support import evaluation, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
 mdp = import_module("01_mdp")  # rollout
@@ -149,7 +148,7 @@ def count(config):
         rows.append(row)
     runs.write_rows(Path(config.out, "votes.csv"), rows)
     print(f"Mean ± standard deviation over raters; a tie counts one half for each\n"
-          f"{tables.as_text(rows)}")
+          f"{evaluation.as_text(rows)}")
     return rows
 
 

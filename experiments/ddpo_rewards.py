@@ -142,7 +142,7 @@ def main(argv=None):
         ends = evaluation.at_the_end(alone(readings, reward), "reward")
         for row in table:
             row[reward] = evaluation.cell(*training.mean_se(ends[row["method"]]))
-    print(tables.as_text(table))
+    print(evaluation.as_text(table))
     judged = claims(readings, config) if config.seeds > 1 else []
     (out / "claims.csv").unlink(missing_ok=True)
     if judged:

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import tables  # noqa: E402
 from support import evaluation, flags, runs, training  # noqa: E402
 
 
@@ -123,8 +122,8 @@ def main(argv=None):
             table[-1][f"{way}: price"] = f"{paid.mean():.0f}"
     flags.make_folder(config.out)
     runs.write_rows(Path(config.out, "table.csv"), table)
-    print(f"{tables.as_text(table)}\nGold ± standard error over seeds; prices in reward queries. "
-          "Hindsight's gold is too high.")
+    print(evaluation.as_text(table))
+    print("Gold ± standard error over seeds; prices in queries. Hindsight's gold is too high.")
     return table
 
 

@@ -32,7 +32,6 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import tables  # noqa: E402
 from support import evaluation, flags, models, runs, training  # noqa: E402
 from support.figures import Figure  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
@@ -248,7 +247,7 @@ def main(argv=None):
     runs.write_rows(out / "frontier.csv", curve)
     draw(out / "frontier.png", curve, others, config)
     runs.write_rows(out / "table.csv", rows)
-    print(tables.as_text(rows))
+    print(evaluation.as_text(rows))
     print(f"frontier.csv, table.csv and frontier.png are in {out}")
     return curve, others
 

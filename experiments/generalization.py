@@ -23,7 +23,6 @@ import numpy as np
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import tables  # noqa: E402
 from support import commands, evaluation, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
@@ -132,7 +131,7 @@ def main(argv=None):
     runs.write_rows(out / "prompts.csv", rows)
     table = table_of(rows, config)
     runs.write_rows(out / "table.csv", table)
-    print(tables.as_text(table))
+    print(evaluation.as_text(table))
     return table
 
 

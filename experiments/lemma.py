@@ -19,8 +19,7 @@ import torch
 from diffusers import DDIMScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import tables  # noqa: E402
-from support import flags, models  # noqa: E402
+from support import evaluation, flags, models  # noqa: E402
 from support.figures import Figure  # noqa: E402
 
 mdp = import_module("01_mdp")  # ddim_coefficients, step_mean_std
@@ -96,7 +95,7 @@ def main(argv=None):
     for T, points in sides.items():
         for row, (kl, bound) in zip(rows, points):
             row[f"T = {T}"] = f"{kl:.4f} ≤ {bound:8.4f}"
-    print(tables.as_text(rows))
+    print(evaluation.as_text(rows))
     draw(out, sides)
     print(f"The bound against the truth: {out}")
     return sides

@@ -189,7 +189,7 @@ def main(argv=None):
     rows = {}
     for part in folders:
         rows[part] = compare(part, folders[part], config)
-        print(f"\n{part}, on pictures from fresh noise:\n{tables.as_text(rows[part])}")
+        print(f"\n{part}, on pictures from fresh noise:\n{evaluation.as_text(rows[part])}")
     print(f"The pictures: {config.out}/overoptimization_*.png")
     return rows
 

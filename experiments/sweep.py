@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import tables  # noqa: E402
-from support import commands, flags  # noqa: E402
+from support import commands, evaluation, flags  # noqa: E402
 from support.figures import Figure  # noqa: E402
 
 
@@ -57,7 +57,7 @@ def main(argv=None):
               for beta, folder in folders.items()}
     commands.train_missing(wanted, config.out)
     rows = [{"beta": beta} | tables.gains_of(folder) for beta, folder in folders.items()]
-    print(f"\n{tables.as_text(rows)}")
+    print(f"\n{evaluation.as_text(rows)}")
     path = Path(config.out, "sweep.png")
     draw(path, {beta: tables.summary_of(folder) for beta, folder in folders.items()})
     print(f"On pictures from fresh noise; kl is the path KL in nats. The plot: {path}")

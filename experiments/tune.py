@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import ddpo_rewards, tables  # noqa: E402
+from experiments import ddpo_rewards  # noqa: E402
 from support import commands, evaluation, flags, models, runs, training  # noqa: E402
 from support.prompts import get_prompts  # noqa: E402
 
@@ -133,7 +133,7 @@ def main(argv=None):
                          "reward": evaluation.cell(*training.mean_se(own[setting])),
                          "chosen": "chosen" if setting == chosen else ""})
     runs.write_rows(Path(config.out, "tuning.csv"), rows)
-    print(tables.as_text(rows))
+    print(evaluation.as_text(rows))
     return rows
 
 

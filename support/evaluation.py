@@ -89,29 +89,35 @@ def cell(mean, error):
 
 
 def table_of(readings, folders, columns):
-    """Cells of the table as text, its head first, with what each training has cost."""
-    lines = [["model", *columns, "queries", "evaluations"]]
+    """A row of text for each model, with what each training has cost."""
+    rows = []
     numbers = {column: at_the_end(readings, column) for column in columns}
     for model in numbers["reward"]:
-        cells = ["–"] * len(columns)
-        for k, of_model in enumerate(numbers.values()):
-            if model in of_model:
-                cells[k] = cell(*mean_se(of_model[model]))
+        row = {"model": model}
+        for column, of_model in numbers.items():
+            row[column] = cell(*mean_se(of_model[model])) if model in of_model else "–"
         of_model = [folder for (_, name), folder in folders.items() if name == model]
         prices = map(str, price(models.read_config(of_model[0]))) if of_model else ("–", "–")
-        lines.append([model, *cells, *prices])
-    return lines
+        rows.append(row | dict(zip(("queries", "evaluations"), prices)))
+    return rows
 
 
-def as_text(lines, width=100):
-    """The table's first columns that fit the width.  -> lines of text"""
-    first = max(12, *(len(line[0]) for line in lines))
-    shown = [[line[0].ljust(first) for line in lines]]
-    for column in list(zip(*lines))[1:]:
+def as_text(rows, width=100):
+    """A table for the terminal: too wide with few rows, it lies on its side; the columns that fit.
+
+    rows: dicts with equal keys.
+    """
+    cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
+    columns = list(zip(*cells))
+    is_wide = sum(max(map(len, column)) + 2 for column in columns) > width + 2
+    if is_wide and len(rows) < len(columns):
+        columns = cells
+    shown = [[text.ljust(max(map(len, columns[0]))) for text in columns[0]]]
+    for column in columns[1:]:
         size = max(map(len, column))
-        if sum(len(cells[0]) + 2 for cells in shown) + size <= width:
+        if sum(len(texts[0]) + 2 for texts in shown) + size <= width:
             shown.append([text.rjust(size) for text in column])
-    return ["  ".join(cells) for cells in zip(*shown)]
+    return "\n".join("  ".join(line) for line in zip(*shown))
 
 
 def sentence_of(claim):
@@ -129,7 +135,7 @@ def sentence_of(claim):
 
 
 def write(config, readings, rounds, claims, folders, images):
-    """All files of a comparison in its folder.  -> its table and verdicts as lines of text
+    """All files of a comparison in its folder.  -> its table and verdicts as text
 
     rounds: for each seed, prompt -> model -> what it logged. folders, images: of the first seed.
     """
@@ -143,14 +149,14 @@ def write(config, readings, rounds, claims, folders, images):
     runs.write_rows(out / "readings.csv", rows_of(readings, config.seed))
     if any(rounds):
         runs.write_rows(out / "rounds.csv", rows_of(rounds, config.seed))
-    runs.write_rows(out / "table.csv", [dict(zip(table[0], line)) for line in table[1:]])
+    runs.write_rows(out / "table.csv", table)
     (out / "claims.csv").unlink(missing_ok=True)
     if claims:
         runs.write_rows(out / "claims.csv", [rounded(claim) for claim in claims])
     draw(config, readings, images)
     write_page(config, table, sentences)
     page = f"All of it on one page: {out / 'index.html'}"
-    return [*as_text(table), *textwrap.wrap(NOTE, 100), "", *sentences, page]
+    return "\n".join([as_text(table), *textwrap.wrap(NOTE, 100), "", *sentences, page])
 
 
 def rows_of(readings, seed):
@@ -175,7 +181,7 @@ def write_page(config, table, sentences):
     out, title = Path(config.out), "Who is better, at what price"
     note = f"Reward: {config.reward}. Gold, which is meant: {config.gold}. {NOTE}"
     lines = ""
-    for line in table:
+    for line in (table[0], *(row.values() for row in table)):
         lines += "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "\n"
     parts = [f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>{title}</title>",
              f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style>",

@@ -28,10 +28,12 @@ def test_a_number_has_as_many_digits_as_its_error_knows(mean, error, text):
 
 
 def test_the_terminals_table_has_the_columns_that_a_terminal_has_room_for():
-    assert evaluation.as_text([["model", "r"], ["x" * 15, "1"]])[0] == "model" + " " * 12 + "r"
-    lines = [["model", "reward", "wide", "gold"], ["A", "-0.44±0.03", "x" * 75, "1"]]
-    assert evaluation.as_text(lines) == [
-        "model             reward  gold", "A             -0.44±0.03     1"]
+    row = {"model": "A", "reward": "-0.44±0.03", "gold": 1}
+    assert evaluation.as_text([row]) == "model      reward  gold\nA      -0.44±0.03     1"
+    assert evaluation.as_text([row] * 3, 20) == "\n".join(
+        ["model      reward", *["A      -0.44±0.03"] * 3])
+    assert evaluation.as_text([row], 20) == "\n".join(
+        ["model            A", "reward  -0.44±0.03", "gold             1"])
 
 
 def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_file(tmp_path):
@@ -47,7 +49,7 @@ def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_fi
     for name in evaluation.CAPTIONS:
         (tmp_path / f"{name}.png").write_bytes(b"one")
     config = SimpleNamespace(**vars(CONFIG) | {"out": tmp_path})
-    table = [["model", "gold"], [NASTY, "0.44±0.03"], ["A", "1"]]
+    table = [{"model": NASTY, "gold": "0.44±0.03"}, {"model": "A", "gold": "1"}]
     evaluation.write_page(config, table, [sentence])
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert re.findall("<td>(.*?)</td>", text) == ["model", "gold", SAFE, "0.44±0.03", "A", "1"]
