@@ -19,7 +19,7 @@ As chapter 1's `noise_weight` says, one step dominates: ∇log p = −(κ_t/σ_t
 `--step-weight sigma` multiplies each step's term by σ_t/κ_t (mean 1): not ∇J, but all have a say.
 
 RUN `python 03_ddpo.py`: the tiny model learns to put shapes where the prompt says. EXPECT alignment
-to gain 0.25 on fresh noise, in two minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
+to gain 0.25 on fresh noise, in 3 minutes on two cores. TRY `--estimator sf`, `--prompts bias`.
 DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
 mean as baseline (the paper's is `running`); a learning rate that falls (the paper's is constant).
