@@ -15,10 +15,11 @@ Hindsight is no rule: it has seen all of training, and the truth. Its figure is 
 pictures that it is measured on, so it is too high; those of the rule and of the end are not.
 
 RUN `python experiments/early_stopping.py` after `python 05_eval.py`, whose files it reads: DDPO has
-no line, for chapter 3 logs no gold. EXPECT the labels to undo a training that collapses, and
-elsewhere to end about where training ends, at a higher price; and a bound of 100 nats to stop much
-RL too early, for its path KL, which is only an upper bound, often grows without harm. TRY
-`--comparison runs/quick`. WRITES table.csv in --out. A label counts as one more reward query.
+no line, for chapter 3 logs no gold. EXPECT, as in the comparison of before, the labels to undo a
+training that collapses, and elsewhere to end about where training ends, at a higher price; and a
+bound of 100 nats to stop much RL too early, for its path KL, which is only an upper bound, often
+grows without harm. TRY `--comparison runs/quick`. WRITES table.csv in --out. A label counts as one
+more reward query.
 """
 import csv
 import math
@@ -95,8 +96,9 @@ def with_labels(readings, rounds):
 
 def ways_to_stop(rounds, labels, bounds):
     """Way to stop -> the true gold of what it keeps, and what was paid."""
-    paid = rounds[-1]["queries"]
-    kept = {"pretrained": (0, 0), "end": (-1, paid), "hindsight": (hindsights_best(rounds), paid)}
+    all_paid = rounds[-1]["queries"]
+    kept = {"pretrained": (0, 0), "end": (-1, all_paid),
+            "hindsight": (hindsights_best(rounds), all_paid)}
     for bound in bounds:
         k, m = stop_by_rule(rounds, bound)
         kept[f"rule, {bound:g} nats"] = k, price(rounds, m, labels)

@@ -6,9 +6,9 @@ A small β lets the policy go wherever the proxy is high, a large one keeps it a
 model. Between them the same reward queries buy different pairs of proxy and KL; and gold, which is
 never trained on, says where the proxy stops being worth its nats.
 
-RUN `python experiments/sweep.py`: 6 minutes on two CPU cores. It prints and starts one command for
-each β (you can type the same), leaves out those whose run is finished, and refuses a finished run
-that was made with other settings. Flags behind a lone -- are passed on to chapter 4:
+RUN `python experiments/sweep.py`: five times chapter 4's minutes. It prints and starts one command
+for each β (you can type the same), leaves out those whose run is finished, and refuses a finished
+run that was made with other settings. Flags behind a lone -- are passed on to chapter 4:
 
     python experiments/sweep.py --betas 0 0.01 0.1 --out runs/short -- --rounds 10 --prompts tasks
 

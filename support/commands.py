@@ -57,8 +57,8 @@ def train_missing(commands, out, jobs=1):
                 going_on = wait(running, timeout=2).not_done
                 rounds = [runs.read_rows(folder / "metrics.csv") for folder in missing]
                 bar.update(sum(map(len, rounds)) - bar.n)
-        for training_of_run in running:
-            training_of_run.result()  # raises what has failed
+        for job in running:
+            job.result()  # raises what has failed
 
 
 def settings_of(command):
@@ -81,7 +81,7 @@ def start(command, log=None, jobs=1):
 
     Of several jobs, the output is added to the file `log`.
     """
-    place = "" if jobs == 1 else f" >> {log}"
+    place = "" if jobs == 1 else f" >> {shlex.quote(log)}"
     print(f"\n$ {as_typed(command)}{place}", flush=True)
     script, *words = command
     words = [sys.executable, "-u", str(HERE / script), *words]  # -u: errors at their place in a log

@@ -103,20 +103,22 @@ def table_of(readings, folders, columns):
 
 
 def as_text(rows, width=100):
-    """A table for the terminal: too wide with few rows, it lies on its side; the columns that fit.
+    """A table for the terminal, on its side if it is too wide and has few rows.
 
-    rows: dicts with equal keys.
+    rows: dicts with equal keys. Columns for which there is no room are left out: "…" says so.
     """
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     columns = list(zip(*cells))
-    is_wide = sum(max(map(len, column)) + 2 for column in columns) > width + 2
+    is_wide = sum(max(map(len, column)) + 2 for column in columns) > width - 1
     if is_wide and len(rows) < len(columns):
         columns = cells
     shown = [[text.ljust(max(map(len, columns[0]))) for text in columns[0]]]
     for column in columns[1:]:
         size = max(map(len, column))
-        if sum(len(texts[0]) + 2 for texts in shown) + size <= width:
+        if sum(len(texts[0]) + 2 for texts in shown) + size <= width - 3:
             shown.append([text.rjust(size) for text in column])
+    if len(shown) < len(columns):
+        shown.append(["…"] * len(columns[0]))
     return "\n".join("  ".join(line) for line in zip(*shown))
 
 

@@ -455,6 +455,8 @@ def test_results_start_their_scripts_on_the_runs_that_are_meant(tmp_path, monkey
     monkeypatch.setattr(results, "start", start)
     for rows_of in (results.frontier, results.quality):
         rows_of(tmp_path / "out", tmp_path)
+    results.TABLES["early_stopping"](tmp_path)
+    assert found.pop().comparison == str(tmp_path / "eval_seeds")
     assert [[Path(folder).name for folder in config.runs] for config in found] == [
         ["DPOK_seed10_four_stars"], ["SFT_x_0_seed100"], ["SFT_x_1_seed100"]]
     assert found[0].prompts == "four stars"  # which its runs were trained on

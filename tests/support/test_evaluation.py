@@ -30,9 +30,9 @@ def test_a_number_has_as_many_digits_as_its_error_knows(mean, error, text):
 def test_the_terminals_table_has_the_columns_that_a_terminal_has_room_for():
     row = {"model": "A", "reward": "-0.44±0.03", "gold": 1}
     assert evaluation.as_text([row]) == "model      reward  gold\nA      -0.44±0.03     1"
-    assert evaluation.as_text([row] * 3, 20) == "\n".join(
-        ["model      reward", *["A      -0.44±0.03"] * 3])
-    assert evaluation.as_text([row], 20) == "\n".join(
+    assert evaluation.as_text([row] * 3, 21) == "\n".join(
+        ["model      reward  …", *["A      -0.44±0.03  …"] * 3])
+    assert evaluation.as_text([row], 21) == "\n".join(
         ["model            A", "reward  -0.44±0.03", "gold             1"])
 
 
