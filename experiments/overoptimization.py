@@ -1,9 +1,9 @@
 """What happens if nobody stops? Training on and on (DDPO, Figure 7; DPOK's reason for the KL).
 
-A proxy that is optimized long enough is pleased in ways that nobody meant. In three parts:
+A proxy that is optimized long enough is pleased in ways that nobody meant. In two parts (what
+incompressibility ends in, Figure 7, left, is a row of ddpo_rewards.py's samples):
 
     proxy    one prompt on image_reward for far too many rounds, with β = 0, 0.01 and 0.1
-    noise    incompressibility: which pictures make the largest files?    (Figure 7, left)
     writing  "n shapes" on vlm_strict: the diffusion model learns to write the number, and the
              vision-language model believes it; without and with a KL term  (Figure 7, right)
 
@@ -11,16 +11,14 @@ A proxy that is optimized long enough is pleased in ways that nobody meant. In t
 
 It looks at gold of all rounds, so it is no rule for stopping; early_stopping.py has one.
 
-RUN `python experiments/overoptimization.py`: 30 minutes on two CPU cores; `--only writing`: 10. It
+RUN `python experiments/overoptimization.py`: 25 minutes on two CPU cores; `--only writing`: 10. It
 prints and starts commands (you can type the same), leaves out finished runs, and refuses one with
 other settings. Flags behind a lone -- are passed on: `--only proxy -- --prompts "four stars"`.
-EXPECT gold to fall at β = 0 while the proxy rises; incompressibility to crowd the picture with
-stars, for this model knows no noise; and more and more digits, beside numbers of shapes that get no
-better. The KL term does not keep the digits out: writing costs few nats.
+EXPECT gold to fall at β = 0 while the proxy rises; and more and more digits, beside numbers of
+shapes that get no better. The KL term does not keep the digits out: writing costs few nats.
 WRITES run folders runs/overoptimization_*/, and in runs/ for each part overoptimization_PART.png
 (proxy and gold against reward queries, mean of five rounds, a dot at hindsight's best), and
-overoptimization_writing_film.png (first of all prompts with which the trick has worked). What the
-noise looks like is film.png in its run folder.
+overoptimization_writing_film.png (first of all prompts with which the trick has worked).
 """
 import sys
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ from support import reward_models, runs, training  # noqa: E402
 from support.figures import Figure  # noqa: E402
 from tiny_sd import judge, shapes  # noqa: E402
 
-BETAS = {"proxy": (0.0, 0.01, 0.1), "noise": (0.0,), "writing": (0.0, 0.03)}  # of each part's runs
+BETAS = {"proxy": (0.0, 0.01, 0.1), "writing": (0.0, 0.03)}  # of each part's runs
 PROMPTS = 4  # of a round of the writing
 SHOWN = 4  # prompts in the film of the writing, for each β
 WINDOW = 5  # rounds of a mean
@@ -44,7 +42,7 @@ WINDOW = 5  # rounds of a mean
 
 @dataclass(frozen=True)
 class Config:
-    only: Literal["proxy", "noise", "writing"] | None = None  # one part of the three
+    only: Literal["proxy", "writing"] | None = None  # one part of the two
     rounds: int = 50  # rounds of each run: far too many
     samples_per_prompt: int = 48  # pictures of a round; writing: a quarter for each of its prompts
     learning_rate: float = 2e-3  # of AdamW, twice chapter 4's
@@ -57,16 +55,13 @@ class Config:
 
 def command_of(part, beta, config):
     """The command of a part's run with this β."""
-    pictures = config.samples_per_prompt
-    own = {
-        "proxy": ["--reward", config.reward],
-        "noise": ["--reward", "incompressibility", "--no-value"],
-        "writing": ["--reward", "vlm_strict", "--no-value", "--prompts", "count",
-                    "--prompts-per-round", str(PROMPTS), "--film-pictures", "32"]}
+    own, pictures = ["--reward", config.reward], config.samples_per_prompt
     if part == "writing":
+        own = ["--reward", "vlm_strict", "--no-value", "--prompts", "count", "--prompts-per-round",
+               str(PROMPTS), "--film-pictures", "32"]
         pictures //= PROMPTS
     shared = commands.words_of(config, ("gold", "rounds", "learning_rate", "seed"))
-    return ["04_dpok.py", "--beta", str(beta), *own[part], *shared,
+    return ["04_dpok.py", "--beta", str(beta), *own, *shared,
             "--samples-per-prompt", str(pictures), *config.flags]
 
 

@@ -25,12 +25,12 @@ VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
            "overoptimization_proxy": "overoptimization",
-           "overoptimization_noise_beta_0/film": "overoptimization_noise",
            "overoptimization_writing_film": "overoptimization_writing",
            "overoptimization_writing": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
            "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
-           "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples"}
+           "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples",
+           "ddpo_rewards/incompressibility_DDPO_IS_seed10/film": "overoptimization_noise"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,6 @@ def main(argv=None):
     if not config.render:
         for name, rows_of in TABLES.items():
             write(name, rows_of(out))
-        overoptimized(out, "noise")
         for source, name in FIGURES.items():
             shutil.copy(out / f"{source}.png", HERE / "figures" / f"{name}.png")
     render(HERE / "README.md")

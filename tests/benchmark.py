@@ -1,14 +1,11 @@
-"""How fast are a round, two processes, and learning? Beside TRL's DDPOTrainer.
+"""How fast are a round, two processes, and learning?
 
 RUN `python tests/benchmark.py` on an idle machine with two cores (3 minutes); `--parts learning`
-trains as 03_ddpo.py does by itself, for each of `--seeds`. `--trl OTHER_VENV/bin/python` measures
-TRL 0.23.1 as well, in an environment of its own (tests/benchmark_trl.py).
+trains as 03_ddpo.py does by itself, for each of `--seeds`.
 
 Each process has one thread. A round's seconds are CPU seconds, which other work on the machine
-changes less than the clock's; those of learning are the clock's. Pictures on fresh noise are drawn
-uncharged, of the same prompts for both: chapter 3's, 128 of them.
+changes less than the clock's; those of learning are the clock's, without the looks on fresh noise.
 """
-import json
 import os
 import resource
 import subprocess
@@ -20,7 +17,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from support import flags, models, runs  # noqa: E402
+from support import flags, runs  # noqa: E402
 
 EPOCH = ("--num-steps 20 --guidance-scale 5 --prompts-per-round 4 --samples-per-prompt 16 "
          "--updates-per-round 4 --ratio per_dim --clip-range 1e-4 "
@@ -33,10 +30,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_
 @dataclass(frozen=True)
 class Config:
     parts: tuple[str, ...] = ("processes", "round")  # and learning, which takes longer
-    trl: str | None = None  # the Python of an environment that has TRL 0.23.1
     model: str = "tiny_sd"  # of the part "round"
-    trl_rate: float = 3e-4  # learning rate of the part "learning" in TRL, where it is the default
-    trl_rounds: int = 40  # of the part "learning" in TRL, whose rounds have 128 pictures
     seeds: int = 1  # of the part "learning": 0, 1, ...
 
 
@@ -59,14 +53,6 @@ def train(words, *before):
     return metrics, fresh, seconds
 
 
-def train_trl(config, *words):
-    """The same training in TRL.  -> one dict for each line that it printed"""
-    model = str(models.find(config.model, "model_index.json"))
-    program = [config.trl, str(ROOT / "tests/benchmark_trl.py"), "--model", model]
-    printed, _ = start([*program, *words])
-    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-
-
 def processes(config):
     """Rounds of 128 pictures an hour of 03_ddpo.py, in one process with one thread and in two."""
     hourly = []
@@ -87,10 +73,6 @@ def one_round(config):
         totals.append(seconds)
     ours = (totals[1] - totals[0]) / 4
     print(f"a round (64 pictures, 20 steps, guidance, 4 updates): {ours:.1f} CPU s", flush=True)
-    if config.trl:
-        rows = train_trl(config, "--rounds", "8")
-        theirs = (rows[7]["seconds"] - rows[3]["seconds"]) / 4
-        print(f"TRL's DDPOTrainer: {theirs:.1f} CPU s; ours is {ours / theirs:.2f} of it")
 
 
 def learning(config):
@@ -101,13 +83,6 @@ def learning(config):
             seconds = sum(row["seconds"] for row in metrics if row["queries"] <= look["queries"])
             print(f"seed {seed}, 03_ddpo.py: {look['reward']:.3f} after {look['queries']:.0f} "
                   f"queries and {seconds:.0f} s", flush=True)
-        if config.trl:
-            rows = train_trl(config, "--part", "learning", "--rounds", str(config.trl_rounds),
-                             "--learning-rate", str(config.trl_rate), "--seed", str(seed))
-            for n, row in enumerate(rows):
-                if "fresh" in row:
-                    print(f"seed {seed}, TRL: {row['fresh']:.3f} after {128 * (n + 1)} queries "
-                          f"and {row['seconds']:.0f} s", flush=True)
 
 
 PARTS = {"processes": processes, "round": one_round, "learning": learning}
