@@ -93,7 +93,10 @@ def train(config):
     commands.train_missing(wanted, config.out, config.jobs)
     readings = [{reward: {} for reward in config.rewards} for _ in range(config.seeds)]
     for name, (k, reward, method) in places.items():
-        readings[k][reward][method] = runs.read_rows(Path(config.out, name, "fresh.csv"))
+        looks = runs.read_rows(Path(config.out, name, "fresh.csv"))  # RWR's have gold and KL, too
+        readings[k][reward][method] = [
+            {column: look[column] for column in ("queries", "reward", "reward_se")}
+            for look in looks]
     return readings
 
 

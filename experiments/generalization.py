@@ -1,8 +1,9 @@
 """Does a gain carry over to prompts that no training saw? (DDPO)
 
-A family's prompts are divided at random into two halves, again for each seed. Chapter 3 trains with
-its own defaults on the one; then both are judged on fresh noise, the same before and after, by the
-reward that was paid and by gold, what is meant:
+A family's prompts are divided at random into two halves, again for each seed ("A and B" stays with
+"B and A"). Chapter 3 trains with its own defaults on the one; then both are judged on fresh noise,
+the same before and after, by the reward that was paid and by gold, what is meant. With the means
+over seeds
 
     share = gain on the new half / gain on the trained half,  if that is beyond two errors
 
@@ -10,7 +11,7 @@ RUN `python experiments/generalization.py --seeds 5`: two minutes a training on 
 it shows is not measured yet). A new prompt of the family has each of its words in common with
 trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
 prompt alignment, where a vision-language model says what it sees: `--reward vlm_alignment --prompts
-count composition location`. Flags behind a lone -- are passed on to chapter 3.
+count composition location --out runs/vlm`. Flags behind a lone -- are passed on to chapter 3.
 WRITES in --out the run folders and their prompts' files, prompts.csv (each prompt of each training)
 and table.csv.
 """
@@ -46,11 +47,14 @@ class Config:
 
 def halves(family, seed):
     """A family's prompts in two halves, by lot.  -> {"trained": prompts, "new": prompts}"""
-    prompts = get_prompts(family)
-    order = training.permutation(len(prompts), seed, "halves").tolist()
-    middle = len(prompts) // 2
-    return {"trained": [prompts[i] for i in order[:middle]],
-            "new": [prompts[i] for i in order[middle:]]}
+    alike = {}
+    for prompt in get_prompts(family):
+        alike.setdefault(frozenset(prompt.split(" and ")), []).append(prompt)
+    groups = list(alike.values())
+    order = training.permutation(len(groups), seed, "halves").tolist()
+    middle = len(groups) // 2
+    return {"trained": [prompt for i in order[:middle] for prompt in groups[i]],
+            "new": [prompt for i in order[middle:] for prompt in groups[i]]}
 
 
 def judge(pipe, prompts, judges, config, samples):
@@ -105,9 +109,11 @@ def table_of(rows, config):
                     line[f"{name} {label}"] = evaluation.cell(*training.mean_se(values))
             table.append(line | {"share": ""})
         mean, error = training.mean_se(gains["gold", "trained"])
-        if not mean < 2 * error:  # else the share would be of nearly nothing
-            share = gains["gold", "new"] / gains["gold", "trained"]
-            table[-1]["share"] = evaluation.cell(*training.mean_se(share))
+        if mean > 2 * error:  # else the share would be of nearly nothing
+            new, trained = gains["gold", "new"], gains["gold", "trained"]
+            share = new.mean() / mean
+            _, error = training.mean_se(new - share * trained)  # of a ratio of means
+            table[-1]["share"] = evaluation.cell(share, error / mean)
     return table
 
 
@@ -119,8 +125,10 @@ def main(argv=None):
     for family in config.prompts:
         for seed in range(config.seed, config.seed + config.seeds):
             name = runs.clean(f"{Path(family).stem}_seed{seed}")
-            file = out / f"{name}.txt"
-            file.write_text("\n".join(halves(family, seed)["trained"]), encoding="utf-8")
+            file, trained = out / f"{name}.txt", "\n".join(halves(family, seed)["trained"])
+            if file.is_file() and file.read_text(encoding="utf-8") != trained:
+                raise ValueError(f"{file} has other prompts: move it away, or choose another --out")
+            file.write_text(trained, encoding="utf-8")
             wanted[name] = ["03_ddpo.py", "--reward", config.reward, "--prompts", str(file),
                             "--seed", str(seed), *config.flags]
             families[name] = family

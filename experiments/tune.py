@@ -9,13 +9,13 @@ number a seed,
 
 A setting with one lucky seed must be better to win, for that raises the standard error, too. What
 is within 0.01 of the largest is a tie; of equal rates the first is taken. The r of what is chosen
-is too high, being chosen by it: the claims' trainings say what a method reaches. Prompts and seeds
-are no claim's: settings of chapter 5 are judged on one prompt like "an orange star" and one like
-"four stars" (r is the mean over both), at half of its queries.
+is too high, being chosen by it: the claims' trainings say what a method reaches. No claim uses
+these seeds, nor the prompts that chapter 5's settings are judged on, at half of its queries: one
+like "an orange star" and one like "four stars" (r is the mean over both).
 
 RUN `python experiments/tune.py`: 80 trainings, some hours on two CPU cores; what is finished is
 kept. `--experiment ddpo_rewards` tunes that one's methods, on compressibility alone.
-WRITES run folders in --out, and tuning.csv with a line for each setting, the chosen ones first.
+WRITES run folders in --out, and EXPERIMENT.csv with a line for each setting, the chosen ones first.
 """
 import sys
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Config:
     rounds: int = 20  # rounds of each of chapter 5's trainings
     seed: int = 100  # the first of three; no claim uses them
     jobs: int = 2  # trainings side by side
-    out: str = "runs/tuning"  # folder of the runs and of tuning.csv
+    out: str = "runs/tuning"  # folder of the runs and of the table
 
 
 def commands_of(method, setting, seed, config):
@@ -132,7 +132,7 @@ def main(argv=None):
             rows.append({"method": method, "setting": setting, "seeds": len(own[setting]),
                          "reward": evaluation.cell(*training.mean_se(own[setting])),
                          "chosen": "chosen" if setting == chosen else ""})
-    runs.write_rows(Path(config.out, "tuning.csv"), rows)
+    runs.write_rows(Path(config.out, f"{config.experiment}.csv"), rows)
     print(evaluation.as_text(rows))
     return rows
 

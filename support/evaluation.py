@@ -149,14 +149,15 @@ def write(config, readings, rounds, claims, folders, images):
     if not claims:
         sentences = ["No verdicts: they take --seeds 2 or more, and tell little below 5."]
     runs.write_rows(out / "readings.csv", rows_of(readings, config.seed))
+    for name in ("rounds.csv", "claims.csv"):  # of another comparison
+        (out / name).unlink(missing_ok=True)
     if any(rounds):
         runs.write_rows(out / "rounds.csv", rows_of(rounds, config.seed))
-    runs.write_rows(out / "table.csv", table)
-    (out / "claims.csv").unlink(missing_ok=True)
     if claims:
         runs.write_rows(out / "claims.csv", [rounded(claim) for claim in claims])
     draw(config, readings, images)
     write_page(config, table, sentences)
+    runs.write_rows(out / "table.csv", table)  # last: where it is, all is
     page = f"All of it on one page: {out / 'index.html'}"
     return "\n".join([as_text(table), *textwrap.wrap(NOTE, 100), "", *sentences, page])
 
