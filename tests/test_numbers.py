@@ -2,7 +2,9 @@
 import re
 from importlib import import_module
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from tests.test_house import FILES, ROOT
 
@@ -32,6 +34,39 @@ def test_chapter_5_has_the_settings_that_tuning_has_chosen():
     chosen = {row["method"]: row["setting"] for row in rows if row["chosen"]}
     methods = import_module("05_eval").METHODS
     assert chosen == {method: tuned for method, (_, tuned) in methods.items()}
+
+
+@pytest.mark.parametrize("raw, claims", [("eval_seeds_readings", "eval_claims")])
+def test_verdicts_follow_from_the_raw_readings(raw, claims):
+    """The last readings' paired t over seeds, by scipy; Holm's correction by its definition."""
+    read = import_module("experiments.results").read
+    _, lines = read(README.parent / "raw" / f"{raw}.csv")
+    _, rows = read(README.parent / f"{claims}.csv")
+    known, p = {line["prompt"] for line in lines}, []
+    for row in rows:
+        asked = known & {row["claim"].split()[-1]} or known  # a claim on one reward, or on all
+        ends = {}  # the last reading is what stays
+        for line in lines:
+            if line["prompt"] in asked:
+                ends[line["model"], line["prompt"], line["seed"]] = float(line[row["column"]])
+        of_seed = {model: {} for model in (row["a"], row["b"])}
+        for (model, _, seed), value in ends.items():
+            if model in of_seed:
+                of_seed[model].setdefault(seed, []).append(value)
+        a, b = ([np.mean(values) for values in of_seed[model].values()] for model in of_seed)
+        test = stats.ttest_rel(a, b)
+        p.append(float(row["p"]))
+        if row["at"] == "the end":
+            low, high = test.confidence_interval()
+            want = [np.mean(a) - np.mean(b), low, high, test.pvalue]
+            assert [float(row[name]) for name in ("mean", "low", "high", "p")] == pytest.approx(
+                want, rel=2e-3)
+    for row, own in zip(rows, p):
+        steps = [(sum(other >= q for other in p)) * q for q in p if q <= own]
+        holm = min(1, max(steps))
+        told = "holds" if float(row["mean"]) > 0 else "fails"
+        assert float(row["holm"]) == pytest.approx(holm, rel=2e-3)
+        assert row["verdict"] == (told if holm <= 0.05 else "cannot be told")
 
 
 @pytest.mark.parametrize("chapter", sorted(ROOT.glob("0*.py")), ids=lambda file: file.name)
