@@ -19,8 +19,8 @@ seed, are independent, and tell of other seeds, on these same prompts.
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
 RUN `python 05_eval.py`: one prompt, one seed. It starts each training that is not there yet, and
-writes index.html in runs/eval/. EXPECT RL to pass the ceiling between 640 and 1,280 queries, which
-imitation does not, and DPOK_no_KL's gold to fall at last while its reward rises. TRY `--quick`,
+writes index.html in runs/eval/. EXPECT RL's reward to pass the ceiling, which imitation's does not,
+and in the end DPOK_no_KL's gold to fall while its reward still rises. TRY `--quick`, `--seeds 5`,
 or `--runs A B`. DEPARTURES. Learning rate, updates per round, SFT's passes are tuned, nothing else.
 EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's run, `--prompts location`.
 """

@@ -15,9 +15,9 @@ Hindsight is no rule: it has seen all of training, and the truth. Its figure is 
 pictures that it is measured on, so it is too high; those of the rule and of the end are not.
 
 RUN `python experiments/early_stopping.py` after `python 05_eval.py`, whose files it reads: DDPO has
-no line, for chapter 3 logs no gold. EXPECT the labels to undo what a training without a KL term
-does too much of, and elsewhere to end about where training ends, at a higher price; and a bound of
-100 nats to stop all of them too early, for path KL, which is only an upper bound, often grows
+no line, for chapter 3 logs no gold. EXPECT the labels to undo the damage of a training without
+a KL term, and elsewhere to end about where training ends, at a higher price; and a bound of 100
+nats to stop most trainings too early, for path KL, which is only an upper bound, often grows
 without harm. TRY `--comparison runs/quick`. WRITES table.csv in --out. A label counts as one
 more reward query.
 """
