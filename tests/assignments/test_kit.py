@@ -244,10 +244,12 @@ def graded(folder, *words):
 
 @pytest.mark.slow
 def test_the_reference_gets_all_points(tmp_path):
+    """In every second exercise; with ALL_MUTANTS set, in all."""
+    asked = EXERCISES[::1 if "ALL_MUTANTS" in os.environ else 2]
     make.copy_all(tmp_path / "copy")
-    results = graded(tmp_path / "copy")
-    assert {test["number"]: test["score"] for test in results.values()} == {
-        exercise.number: exercise.points for exercise in EXERCISES}
+    results = graded(tmp_path / "copy", "--exercises", *[exercise.number for exercise in asked])
+    scores = {number: test["score"] for number, test in results.items()}
+    assert scores == {exercise.number: exercise.points for exercise in asked}
 
 
 def hand_in(folder, answers):
