@@ -11,9 +11,9 @@ incompressibility ends in, Figure 7, left, is a row of ddpo_rewards.py's samples
 
 It looks at gold of all rounds, so it is no rule for stopping; early_stopping.py has one.
 
-RUN `python experiments/overoptimization.py`: 25 minutes on two CPU cores; `--only writing`: 10. It
-prints and starts commands (you can type the same), leaves out finished runs, and refuses one with
-other settings. Flags behind a lone -- are passed on: `--only proxy -- --prompts "four stars"`.
+RUN `python experiments/overoptimization.py`: five trainings (not timed yet). It prints and starts
+commands (you can type the same), leaves out finished runs, and refuses one with other settings.
+Flags behind a lone -- are passed on: `--only proxy -- --prompts "four stars"`.
 EXPECT gold to fall at β = 0 while the proxy rises; and more and more digits, beside numbers of
 shapes that get no better. The KL term does not keep the digits out: writing costs few nats.
 WRITES run folders runs/overoptimization_*/, and in runs/ for each part overoptimization_PART.png
