@@ -59,3 +59,14 @@ def test_a_page_has_the_verdicts_the_table_and_the_figures_and_needs_no_other_fi
     assert not re.search(r"href|https?:|@import|url\(|<script", text)
     assert evaluation.rounded({"p": 0.000199980002, "seeds": 5, "claim": "A 0.12345"}) == {
         "p": "0.0002", "seeds": 5, "claim": "A 0.12345"}
+
+
+def test_table_is_written_last_and_what_another_comparison_left_is_gone(tmp_path, monkeypatch):
+    config = SimpleNamespace(out=tmp_path, others=(), seed=0)
+    readings = [{"four stars": {"pretrained": [{"reward": 1.0, "queries": 0}]}}]
+    for name in ("rounds.csv", "claims.csv"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(evaluation, "draw", lambda *_: 1 / 0)  # stopped before the end
+    with pytest.raises(ZeroDivisionError):
+        evaluation.write(config, readings, [{}], [], {}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"readings.csv"}
