@@ -50,8 +50,8 @@ SETTINGS = {
                 "--learning-rate 8e-4"),
     "RWR": RWR,
     "sparse RWR": RWR}
-CHOSEN = {  # places in SETTINGS; not tuned yet
-    "DDPO_IS": 1, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}
+CHOSEN = {  # places in SETTINGS: what tune.py has chosen
+    "DDPO_IS": 2, "DDPO_SF": 2, "RWR": 0, "sparse RWR": 0}
 TEMPERATURES = {  # τ: the spread of a prompt's pretrained pictures
     "compressibility": 0.08, "incompressibility": 0.08, "aesthetic": 0.4}
 CLAIMS = (("DDPO_IS", "DDPO_SF"), ("DDPO_SF", "RWR"))  # the first is above the second

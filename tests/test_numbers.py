@@ -29,11 +29,16 @@ def test_a_table_says_what_made_it_and_is_on_the_page(file):
     assert mark in README.read_text(encoding="utf-8")
 
 
-def test_chapter_5_has_the_settings_that_tuning_has_chosen():
-    _, rows = import_module("experiments.results").read(README.parent / "tuning.csv")
-    chosen = {row["method"]: row["setting"] for row in rows if row["chosen"]}
+def test_the_settings_are_those_that_tuning_has_chosen():
+    def chosen(name):
+        _, rows = import_module("experiments.results").read(README.parent / name)
+        return {row["method"]: row["setting"] for row in rows if row["chosen"]}
+
     methods = import_module("05_eval").METHODS
-    assert chosen == {method: tuned for method, (_, tuned) in methods.items()}
+    assert chosen("tuning.csv") == {method: tuned for method, (_, tuned) in methods.items()}
+    ddpo = import_module("experiments.ddpo_rewards")
+    places = ddpo.CHOSEN.items()
+    assert chosen("ddpo_rewards_tuning.csv") == {m: ddpo.SETTINGS[m][k] for m, k in places}
 
 
 @pytest.mark.parametrize("raw, claims", [("eval_seeds_readings", "eval_claims")])
