@@ -165,7 +165,7 @@ class Value(nn.Module):
         return V
 
     def fit(self, trajectory, r, n, batch_size=256):
-        """One pass over the latest rounds, this one included, towards the final rewards r (B,)."""
+        """One pass over the latest rounds, this one included, toward the final rewards r (B,)."""
         if not self.config.value:
             return
         B, T = trajectory.log_probs.shape

@@ -11,10 +11,10 @@ with the next training. As in DPOK's experiments, each prompt has models of its 
     best of n           no training: the best of n pretrained pictures, n queries for each
     ceiling             the best fifth itself: what imitation would have if it were perfect
 
-Each training seed has evaluation noise of its own. So the differences of two models, one number a
-seed, are independent, and tell of other seeds, on these same prompts.
+Models of one seed are read on the same noise, each seed on noise of its own. So the differences of
+two models, one number a seed, are independent, and tell of other seeds, on these same prompts.
 
-    d̄ ± t·s/√S,  d_s = a_s − b_s the difference in seed s, of S seeds          (Student's interval)
+    d̄ ± t·s/√S,  d_k = a_k − b_k the difference in seed k, of S seeds          (Student's interval)
     p̃_(j) = max_{i ≤ j} min(1, (m − i + 1)·p_(i)),  p_(1) ≤ … ≤ p_(m), for m claims (Holm 1979)
     KL(best of n ‖ one draw) ≤ log n − (n − 1)/n                 (Beirami et al., arXiv 2401.01879)
 
@@ -22,7 +22,7 @@ RUN `python 05_eval.py`: one prompt, one seed. It starts each training that is n
 writes index.html in runs/eval/. EXPECT RL's reward to pass the ceiling, which imitation's does not,
 and in the end DPOK_no_KL's gold to fall while its reward still rises. TRY `--quick`, `--seeds 5`,
 or `--runs A B`. DEPARTURES. Learning rate, updates per round, SFT's passes are tuned, nothing else.
-EXERCISES. (1) Which method is best per nat? (2) Evaluate chapter 3's run, `--prompts location`.
+EXERCISES. (1) Which method is best per nat? (2) Chapter 3's run: `--runs RUN --prompts location`.
 """
 import math
 from contextlib import nullcontext
@@ -68,12 +68,12 @@ class Config(rewards.RewardFlags):
     gold: str = "alignment"  # what is meant
     others: tuple[str, ...] = ("quality",)  # only measured
     rounds: int = 40  # of training; models are read after 1/8, 1/4, 1/2 and all of them
-    samples_per_prompt: int = 64  # pictures of each of them
+    samples_per_prompt: int = 64  # pictures of a round, all of one prompt
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # with adapters
     samples: int = 128  # pictures of each model on each prompt
     pool: int = 640  # pretrained pictures of each prompt, for best of n and the ceiling
-    best_of: tuple[int, ...] = (4, 16, 64)  # n
+    best_of: tuple[int, ...] = (4, 16, 64)  # n of best of n
     seeds: int = 1  # trainings of each method; verdicts take two, and tell little below five
     jobs: int = 2  # trainings side by side
     num_steps: int = 10  # denoising steps T
@@ -124,7 +124,7 @@ def holm(p):
 
 
 def verdict(difference, p, level=0.05):
-    """holds: d̄ > 0 and p̃ ≤ α;  fails: d̄ < 0 and p̃ ≤ α;  else it cannot be told."""
+    """holds: d̄ > 0 and p̃ ≤ level;  fails: d̄ < 0 and p̃ ≤ level;  else it cannot be told."""
     if p > level:
         return "cannot be told"
     return "holds" if difference > 0 else "fails"
@@ -158,7 +158,7 @@ def command_of(method, prompt, config, tuned=None):
     command, chosen = METHODS[method]
     script, *words = command.split()
     words += ["--prompts", prompt]
-    if not config.sd:  # which has published ones
+    if not config.sd:  # that has published settings
         words += (tuned or chosen).split()
     words += commands.common_words(script, config)
     kept = max(1, config.rounds // 8)
@@ -178,7 +178,7 @@ def train(configs):
             for method in methods:
                 name = runs.clean(f"{method}_seed{config.seed}_{Path(prompt).stem}")
                 if name in wanted:
-                    raise ValueError(f"--prompts {prompt!r}: another one begins in the same way")
+                    raise ValueError(f"--prompts {prompt!r}: another one has the same folder")
                 wanted[name] = command_of(method, prompt, config)
                 folders[prompt, method] = out / name
         found.append(folders)
@@ -305,7 +305,7 @@ def main(argv=None):
     seeds = 1 if config.runs else config.seeds
     configs = [replace(config, seed=config.seed + k) for k in range(seeds)]
     folders = train(configs)
-    found = map(read_all, folders, configs, [measures] * seeds)
+    found = [read_all(*of_seed, measures) for of_seed in zip(folders, configs)]
     readings, images = zip(*found)
     rounds = [evaluation.rounds_of(of_seed) for of_seed in folders]
     judged = []

@@ -39,7 +39,7 @@ RULES = r"""
     => eps_pred = eps_pred.detach()  # the value is right, but its gradient is lost
 01_mdp.predict_noise
     eps_empty + _a => eps_prompt + _a  # guidance starts from the empty prompt; this is s + 1
-    eps_prompt - eps_empty => eps_empty - eps_prompt  # guidance goes towards the prompt
+    eps_prompt - eps_empty => eps_empty - eps_prompt  # guidance goes toward the prompt
     torch.cat([_a, _b]) => torch.cat([_b, _a])  # the halves of the batch are swapped
     => guidance_scale = 1.0  # the guidance scale is not used
     guidance_scale != 1 => True  # without guidance one half is enough

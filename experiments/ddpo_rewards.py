@@ -5,8 +5,8 @@ without a KL term. Each pays 1,600 reward queries:
 
     DDPO_IS, DDPO_SF    03_ddpo.py: importance sampling, score function, 25 rounds
     RWR, sparse RWR     sft.py --data fresh: one to four large rounds, as DDPO has them; weights are
-                        exp(r/τ)/Z, or 1 for the best fifth of each prompt's pictures. With so few
-                        rounds its learning rate stays, where chapter 3's falls
+                        exp(r/τ)/Z, or 5 for the best fifth of each prompt's pictures and 0 for the
+                        others. With so few rounds its learning rate stays, where chapter 3's falls
 
 Each method is to get the best of its four settings (`tune.py --experiment ddpo_rewards`). The
 claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
@@ -101,7 +101,7 @@ def train(config):
 
 
 def alone(readings, reward):
-    """What has been read of one reward."""
+    """The readings with this reward alone, in the same form."""
     return [{reward: of_seed[reward]} for of_seed in readings]
 
 

@@ -9,9 +9,9 @@ pretrained pictures, weighted with one β after the other, draws a curve that no
 
 On the same axes stand best of n, at KL ≤ log n − (n−1)/n, and finished runs at their path KL, an
 upper bound of the KL of their pictures (Lemma 4.2): their true place lies further left, but not
-left of the curve. Best of n may choose x_T; training cannot, so even the best training stays under
-the curve. But best of n pays n reward queries for every picture that it delivers. The second panel
-has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
+left of the curve. Best of n may choose x_T; training cannot, so at its path KL even the best one
+stays under the curve. But best of n pays n reward queries for every picture that it delivers. The
+second panel has gold of the same pictures: what the proxy's optimum gives, and *no* bound.
 
 RUN `python experiments/frontier.py --runs runs/sweep_beta_*`: some minutes on two CPU cores. What
 is drawn is kept block by block, so it can be stopped anywhere and goes on from there.
@@ -113,7 +113,7 @@ def bootstrap_errors(r, g, betas, seed, draws=200):
 
 
 def least_kl(curve, reward):
-    """min{KL : frontier(KL) = r}; above the curve's end that end's KL: a bound all the same."""
+    """min{KL : frontier(KL) = r}; above the curve's end that end's KL, still a lower bound."""
     return np.interp(reward, [row["reward"] for row in curve], [row["kl"] for row in curve]).item()
 
 
@@ -175,7 +175,7 @@ def rows_of(names, *columns):
 
 
 def table_of(curve, others):
-    """A line for each tenth point of the curve, best of n and each run: its KL lies between two.
+    """A line for each tenth point of the curve, best of n and each run, between two bounds of its KL.
 
     No distribution has such a reward at less KL than the curve ("KL at least"; of a run, whose
     reward is not known exactly, with two standard errors less), and Lemma 4.2 and best of n's

@@ -5,7 +5,9 @@ A family's prompts are divided at random into two halves, again for each seed ("
 the same before and after, by the reward that was paid and by gold, what is meant. With the means
 over seeds
 
-    share = gain on the new half / gain on the trained half,  if that is beyond two errors
+    share = gold's gain on the new half / its gain on the trained half,
+
+if the latter is beyond two errors.
 
 RUN `python experiments/generalization.py --seeds 5`: two minutes a training on two CPU cores (what
 it shows is not measured yet). A new prompt of the family has each of its words in common with

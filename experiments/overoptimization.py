@@ -157,8 +157,10 @@ def telling(prompts, images):
     fooled, others = [], []
     for i, (digit, objects) in enumerate(zip(judge.read(images), judge.see(images))):
         (group,) = shapes.parse(prompts[i])
-        is_trick = digit == group.count != len(objects)
-        (fooled if is_trick else others).append(i)
+        found = others
+        if digit == group.count != len(objects):
+            found = fooled
+        found.append(i)
     missing = max(0, SHOWN - len(fooled))
     return training.spread_evenly(fooled + others[:missing], SHOWN)
 

@@ -9,8 +9,9 @@ Draw pictures, score them, and train on them as in pretraining, the good ones we
 `--data fixed` is DPOK's Figure 1a: q = p_pre. A round adds as many pictures of the pretrained model
 as one of RL draws, and forgets none; what the tuned model draws meanwhile is only looked at.
 `--data fresh` is RWR as DDPO has it: q = p_θ as the round begins, and earlier rounds are forgotten.
-Either way a pass of K updates draws as many noisy pictures as RL has pairs of picture and step; RL
-makes one. Without --beta, those whose weight is 0 are left out: they have no gradient.
+A pass is K updates, together on as many noisy pictures as RL has pairs of picture and step in a
+round; RL makes one pass a round. Without --beta, those whose weight is 0 are left out: they have no
+gradient.
 
 RUN `python experiments/sft.py`: three minutes on two CPU cores. EXPECT less gold than chapter 4's
 run, for more nats. TRY `--data fresh`, `--weights sparse`, or `--beta 1`. WRITES a run folder like
@@ -46,7 +47,7 @@ class Config(rewards.RewardFlags, runs.TrainFlags):
     data: Literal["fresh", "fixed"] = "fixed"  # the present model's pictures, or the pretrained's
     temperature: float = 0.3  # τ of rwr, in units of the reward
     keep: float = 0.2  # the share of each prompt's pictures that sparse keeps
-    beta: float = 0.0  # pull towards the pretrained model's predictions
+    beta: float = 0.0  # pull toward the pretrained model's predictions
     rounds: int = 20  # rounds of draw, score, update
     prompts_per_round: int = 1  # prompts per round, in turn from shuffled passes
     samples_per_prompt: int = 64  # pictures of each of them
@@ -65,7 +66,7 @@ def rwr_weights(reward, prompts, temperature):
     """w_i = exp(r_i/τ)/Z, Z so that each prompt's weights have mean 1   (RWR).  (B,) -> (B,)"""
     weights = torch.empty(len(reward), dtype=torch.float64)
     for prompt in set(prompts):  # each by itself: no prompt is to be worth more than another
-        rows = torch.tensor([i for i in range(len(prompts)) if prompts[i] == prompt])
+        rows = torch.tensor([i for i, other in enumerate(prompts) if other == prompt])
         weights[rows] = (reward[rows].double() / temperature).softmax(0) * len(rows)
     return weights
 
@@ -74,7 +75,7 @@ def sparse_weights(reward, prompts, keep):
     """w_i = 1[r_i among the prompt's best share]/share: mean 1   (sparse RWR).  (B,) -> (B,)"""
     weights = torch.zeros(len(reward), dtype=torch.float64)
     for prompt in set(prompts):
-        rows = torch.tensor([i for i in range(len(prompts)) if prompts[i] == prompt])
+        rows = torch.tensor([i for i, other in enumerate(prompts) if other == prompt])
         n = max(1, round(keep * len(rows)))
         best = reward[rows].argsort(descending=True, stable=True)[:n]
         weights[rows[best]] = len(rows) / n
@@ -89,7 +90,7 @@ def sft_objective(eps_pred, eps, weight, eps_pre, beta):
 
 
 def predict_eps(pipe, x_t, t, prompt_embeds):
-    """ε_θ(x_t, t, z), also of a model that predicts v or x_0.  (N,C,H,W), (N,), (N,L,D)"""
+    """ε_θ(x_t, t, z), also of a model that predicts v or x_0.  (N,C,H,W), (N,), (N,L,E) -> like x_t"""
     noise_pred = mdp.predict_noise(pipe.unet, x_t, t, prompt_embeds)
     alphas = pipe.scheduler.alphas_cumprod.to(t.device)
     alpha_t = mdp.column(alphas[t], x_t)
@@ -98,7 +99,7 @@ def predict_eps(pipe, x_t, t, prompt_embeds):
 
 
 def add(pictures, trajectory, r):
-    """Finished pictures, their prompts and rewards, behind what updates learn from already."""
+    """Appends the chains' x_0, prompts and rewards to what updates learn from."""
     x_0 = trajectory.latents[:, -1].clone()  # a view would keep the whole trajectory
     training.total(x_0)  # every process may learn from every picture
     pictures["x_0"] += x_0.cpu()
@@ -122,7 +123,7 @@ def objective(pipe, reference, pictures, weight, i, t, eps, config):
 
 
 def train(config):
-    """draw → score → weight → K × (objective → step).  -> the run, its summary"""
+    """draw → score → weight → passes·K × (objective → step).  -> the run, its summary"""
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
     gold = rewards.get_reward(config.gold, config, flag="--gold")

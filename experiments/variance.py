@@ -3,8 +3,8 @@
     E[ ∇log p_θ(a_t|s_t)·(r − b(s_t)) ] = E[ ∇log p_θ(a_t|s_t)·r ]     for every baseline b(s_t)
 
 So a baseline changes the gradient's noise only. The variance of a round's gradient g is estimated
-from G groups of its pictures, summed over all weights; each g_i is one group's, Var that of their
-mean. The baselines tie the groups together a little, so it is an estimate.
+from G groups of its pictures, summed over all weights: g_i is the gradient of group i, Var the
+variance of their mean. The baselines tie the groups together a little, so it is an estimate.
 
     Var = (Σ_i ‖g_i‖² − ‖Σ_i g_i‖²/G) / (G − 1) / G
 

@@ -20,7 +20,7 @@ from support.training import mean_se
 CAPTIONS = {  # figure -> what it shows
     "same_seeds": "The same noise in each column, a row a model (DPOK, Figure 2).",
     "curves": "What each model has for the reward queries that it paid, on fresh noise. Dotted: "
-              "the best fifth of the pretrained pictures, beyond which imitation cannot see (DPOK, "
+              "the best fifth of the pretrained pictures, which imitation has no reason to pass (DPOK, "
               "Figure 1). Gray: best of n, which pays n queries for every picture. Bands: standard "
               "deviation over seeds.",
     "kl": "What is meant, against how far the model has gone.",

@@ -140,7 +140,7 @@ def test_value_is_0_before_its_first_fit_and_then_its_networks_answer():
 
 
 @pytest.mark.equation("V", "04_dpok.Value.fit")
-def test_value_is_fitted_once_on_each_state_of_the_latest_rounds_towards_its_own_reward():
+def test_value_is_fitted_once_on_each_state_of_the_latest_rounds_toward_its_own_reward():
     """Of a network that gives 0 everywhere, whose inputs and errors are kept."""
     rounds, seen = [round_of_pictures(n, 5) for n in range(4)], []
 
