@@ -175,7 +175,7 @@ def rows_of(names, *columns):
 
 
 def table_of(curve, others):
-    """A line for each tenth point of the curve, best of n and each run, between two bounds of its KL.
+    """A line for each tenth point of the curve, best of n and each run, with two bounds of its KL.
 
     No distribution has such a reward at less KL than the curve ("KL at least"; of a run, whose
     reward is not known exactly, with two standard errors less), and Lemma 4.2 and best of n's

@@ -90,7 +90,7 @@ def sft_objective(eps_pred, eps, weight, eps_pre, beta):
 
 
 def predict_eps(pipe, x_t, t, prompt_embeds):
-    """ε_θ(x_t, t, z), also of a model that predicts v or x_0.  (N,C,H,W), (N,), (N,L,E) -> like x_t"""
+    """ε_θ(x_t, t, z), also where v or x_0 is predicted.  (N,C,H,W), (N,), (N,L,E) -> like x_t"""
     noise_pred = mdp.predict_noise(pipe.unet, x_t, t, prompt_embeds)
     alphas = pipe.scheduler.alphas_cumprod.to(t.device)
     alpha_t = mdp.column(alphas[t], x_t)

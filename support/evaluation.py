@@ -20,9 +20,9 @@ from support.training import mean_se
 CAPTIONS = {  # figure -> what it shows
     "same_seeds": "The same noise in each column, a row a model (DPOK, Figure 2).",
     "curves": "What each model has for the reward queries that it paid, on fresh noise. Dotted: "
-              "the best fifth of the pretrained pictures, which imitation has no reason to pass (DPOK, "
-              "Figure 1). Gray: best of n, which pays n queries for every picture. Bands: standard "
-              "deviation over seeds.",
+              "the best fifth of the pretrained pictures, which imitation has no reason to pass "
+              "(DPOK, Figure 1). Gray: best of n, which pays n queries for every picture. Bands: "
+              "standard deviation over seeds.",
     "kl": "What is meant, against how far the model has gone.",
     "scores": "At the end (DPOK, Figure 3). Bars: standard error over seeds."}
 STYLE = """body { font: 16px/1.4 sans-serif; max-width: 1100px; margin: auto; padding: 0 12px }
