@@ -75,7 +75,7 @@ def running_mean(values):
 
 
 def hindsights_best(gold):
-    """argmax_n (g_n + … + g_{n−4})/5: the round at which gold's running mean is highest."""
+    """argmax_n (g_n + … + g_{n−4})/5, of fewer rounds at first: where the running mean is highest."""
     means = running_mean(gold)
     return means.index(max(means))
 
@@ -109,7 +109,7 @@ def compare(part, folders, config):
         highest = training.mean_se(gold[max(0, best + 1 - WINDOW):best + 1])
         row = {"beta": beta, "run": folder.name} | tables.gains_of(folder)
         row["hindsight's best round"] = best + 1
-        row["gold over its last five rounds"] = evaluation.cell(*highest)
+        row["gold over the five rounds up to it"] = evaluation.cell(*highest)
         rows.append(row)
         label = f"β = {beta:g}, {row['kl after']} nats"
         of_reward[label] = queries, running_mean([line["reward"] for line in rounds]), [best]

@@ -252,7 +252,7 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
         dpok.Config(**dict(samples_per_prompt=48) | common | changes) for changes in wanted]
     row = found["proxy"][2]
     assert (row["beta"], row["hindsight's best round"]) == (0.1, 4)
-    assert row["gold over its last five rounds"] == "-1.4±0.9"  # 0.1 less 4, 1, 0, 1
+    assert row["gold over the five rounds up to it"] == "-1.4±0.9"  # 0.1 less 4, 1, 0, 1
     (_, r, best), (_, g, _) = [lines[2] for lines in drawn[0]]
     assert (r[8], g[3], best) == (6, pytest.approx(-1.4), [3])
     threes = sum("three" in prompt for prompt in
