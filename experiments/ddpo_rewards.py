@@ -12,8 +12,9 @@ Each method is to get the best of its four settings (`tune.py --experiment ddpo_
 claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
 reward: six claims, corrected by Holm, with an interval over seeds.
 
-RUN `python experiments/ddpo_rewards.py --seeds 5`: 60 trainings, some hours on two CPU cores (not
-timed yet); what is finished is kept. `--methods DDPO_IS` makes DDPO's samples alone.
+RUN `python experiments/ddpo_rewards.py --seeds 5`: 60 trainings, two hours on two CPU cores; what
+is finished is kept. EXPECT neither to hold on all three rewards. `--methods DDPO_IS` makes DDPO's
+samples alone.
 WRITES run folders in --out, queries.csv with every look at fresh noise, table.csv, claims.csv,
 queries.png, and samples.png: what each reward makes of the same noise.
 """

@@ -75,7 +75,7 @@ def running_mean(values):
 
 
 def hindsights_best(gold):
-    """argmax_n (g_n + … + g_{n−4})/5, of fewer rounds at first: where the running mean is highest."""
+    """argmax_n (g_n + … + g_{n−4})/5, fewer at first: where gold's running mean is highest."""
     means = running_mean(gold)
     return means.index(max(means))
 

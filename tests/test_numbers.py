@@ -41,7 +41,8 @@ def test_the_settings_are_those_that_tuning_has_chosen():
     assert chosen("ddpo_rewards_tuning.csv") == {m: ddpo.SETTINGS[m][k] for m, k in places}
 
 
-@pytest.mark.parametrize("raw, claims", [("eval_seeds_readings", "eval_claims")])
+@pytest.mark.parametrize("raw, claims", [
+    ("eval_seeds_readings", "eval_claims"), ("ddpo_rewards_queries", "ddpo_rewards_claims")])
 def test_verdicts_follow_from_the_raw_readings(raw, claims):
     """The last readings' paired t over seeds, by scipy; Holm's correction by its definition."""
     read = import_module("experiments.results").read
