@@ -22,7 +22,7 @@ RUN `python 05_eval.py`: one prompt, one seed. It starts each training that is n
 writes index.html in runs/eval/. EXPECT RL's reward to pass the ceiling, which imitation's does not,
 and in the end DPOK_no_KL's gold to fall while its reward still rises. TRY `--quick`, `--seeds 5`,
 or `--runs A B`. DEPARTURES. Learning rate, updates per round, SFT's passes are tuned, nothing else.
-EXERCISES. (1) Which method is best per nat? (2) Chapter 3's run: `--runs RUN --prompts location`.
+EXERCISES. (1) Which method is best per nat? (2) Evaluate 03's run: `--runs RUN --prompts location`.
 """
 import math
 from contextlib import nullcontext

@@ -8,7 +8,7 @@ without a KL term. Each pays 1,600 reward queries:
                         exp(r/τ)/Z, or 5 for the best fifth of each prompt's pictures and 0 for the
                         others. With so few rounds its learning rate stays, where chapter 3's falls
 
-Each method is to get the best of its four settings (`tune.py --experiment ddpo_rewards`). The
+Each method has the best of its four settings (`tune.py --experiment ddpo_rewards`). The
 claims are DDPO's: importance sampling is above score functions, and these are above RWR, on each
 reward: six claims, corrected by Holm, with an interval over seeds.
 
