@@ -67,7 +67,7 @@ class Config(rewards.RewardFlags):
     reward: str = "image_reward"  # what all are trained on
     gold: str = "alignment"  # what is meant
     others: tuple[str, ...] = ("quality",)  # only measured
-    rounds: int = 40  # of training; models are read after 1/8, 1/4, 1/2 and all of them
+    rounds: int = 40  # of training; models are read after about 1/8, 1/4, 1/2 and all
     samples_per_prompt: int = 64  # pictures of a round, all of one prompt
     lora_rank: int = 16  # rank of the adapters, for all methods
     lora_targets: tuple[str, ...] = (*models.ATTENTION, "conv1", "conv2")  # with adapters
@@ -203,7 +203,8 @@ def read_pool(pipe, prompt, measures, config):
     pool = mdp.rollout(pipe, prompts, config, "pool")
     columns = measures.rewards_of(pool.images, prompts)
     r = columns["reward"]
-    is_best = (r >= r.quantile(0.8)).double()
+    ranks = r.argsort(descending=True, stable=True).argsort()
+    is_best = (ranks < len(r) / 5).double()
     found = {"ceiling": [means(columns, is_best / is_best.mean())]}
     for n in config.best_of:
         row = means(columns, best_of_n_weights(r, n))
@@ -225,6 +226,8 @@ def read_all(folders, config, measures):
         if len(get_prompts(prompt)) == 1:
             readings[prompt] |= read_pool(pipe, prompt, measures, config)
     for (prompt, model), folder in tqdm(folders.items(), "reading", unit="run"):
+        if model in readings[prompt]:
+            raise ValueError(f"--runs {folder}: {model} is the name of another row")
         rows = list(readings[prompt]["pretrained"])
         for queries, weights in runs.kept_weights(folder).items():
             pipe, reference = models.load_run(weights, *machine)
@@ -299,7 +302,7 @@ def claims(readings, rounds):
 def main(argv=None):
     config = flags.parse(Config, __doc__, argv, SD, QUICK)
     for prompt in config.prompts:
-        get_prompts(prompt)  # what is wrong with it fails here, before training
+        get_prompts(prompt)  # a file that is not there fails here, before training
     flags.make_folder(config.out)
     measures = Measures(config, rewards)
     seeds = 1 if config.runs else config.seeds

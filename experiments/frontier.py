@@ -125,6 +125,8 @@ def check(config):
     if len(get_prompts(config.prompts)) != 1:
         raise ValueError(f"--prompts {config.prompts}: the frontier is that of one prompt")
     folders = runs.labels(config.runs)
+    if Path(config.out, "metrics.csv").is_file():
+        raise ValueError(f"--out {config.out}: this is a training's folder, choose another")
     wanted = {name: value for name, value in asdict(config).items() if name not in OWN}
     for folder in folders.values():
         runs.check_settings(folder, wanted, "its place is under another curve")

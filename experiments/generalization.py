@@ -55,6 +55,8 @@ def halves(family, seed):
     groups = list(alike.values())
     order = training.permutation(len(groups), seed, "halves").tolist()
     middle = len(groups) // 2
+    if not middle:
+        raise ValueError(f"--prompts {family}: one prompt has no halves")
     return {"trained": [prompt for i in order[:middle] for prompt in groups[i]],
             "new": [prompt for i in order[middle:] for prompt in groups[i]]}
 
@@ -123,6 +125,7 @@ def main(argv=None):
     config = flags.parse(Config, __doc__, argv)
     out = Path(config.out)
     flags.make_folder(out)
+    rewards.get_reward(config.gold, ddpo.Config(), flag="--gold")  # a wrong name fails here
     wanted, families = {}, {}
     for family in config.prompts:
         for seed in range(config.seed, config.seed + config.seeds):

@@ -1,6 +1,6 @@
 """Every number in one place: runs what is missing, writes small CSV files, renders README.md.
 
-    python experiments/results.py            runs what is missing in runs/results/ (a day)
+    python experiments/results.py            runs what is missing in runs/results/ (all: a day)
     python experiments/results.py --render   only writes the tables of the CSV files into README.md
 
 A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "# device: ...",
@@ -30,7 +30,7 @@ FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
            "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
            "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples",
-           "ddpo_rewards/incompressibility_DDPO_IS_seed10/film": "overoptimization_noise"}
+           "ddpo_rewards/incompressibility_DDPO_SF_seed10/film": "overoptimization_noise"}
 
 
 @dataclass(frozen=True)

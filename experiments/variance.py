@@ -79,13 +79,18 @@ def gradient_variance(pipe, params, trajectory, advantage, config, n):
     return ((squares - total.square().sum() / G) / (G - 1) / G).item()
 
 
+ADVANTAGES = ("r", "r − mean of others", "r − V, less others' mean")
+
+
 class Probe(dpok.Value):
     """V; at the start of the last round it measures what each advantage does to the gradient."""
 
-    def __init__(self, variances, reward, pipe, config):
+    def __init__(self, probes, reward, pipe, config):
         super().__init__(pipe, config)
-        self.variances, self.reward, self.pipe = variances, reward, pipe
-        self.register_buffer("n", torch.tensor(0))  # the round, also after a resume
+        probes.append(self)
+        self.reward, self.pipe = reward, pipe
+        self.register_buffer("n", torch.tensor(0))  # the round; what is a buffer survives a resume
+        self.register_buffer("variances", torch.zeros(len(ADVANTAGES), dtype=torch.float64))
 
     def fit(self, trajectory, r, n):
         super().fit(trajectory, r, n)
@@ -97,14 +102,14 @@ class Probe(dpok.Value):
             prompts = trajectory.prompts
             r = rewards.score(self.reward, trajectory.images, prompts)
             r_steps = r[:, None].to(V).expand_as(V)
-            advantages = {
-                "r": r_steps,
-                "r − mean of others": r_steps - ddpo.mean_of_others(r_steps, prompts),
-                "r − V, less others' mean": dpok.value_advantage(r, V, prompts)}
+            advantages = (
+                r_steps,
+                r_steps - ddpo.mean_of_others(r_steps, prompts),
+                dpok.value_advantage(r, V, prompts))
             weight = ddpo.step_weights(self.pipe, self.config)
             params = [p for p in self.pipe.unet.parameters() if p.requires_grad]
-            for name, A in advantages.items():
-                self.variances[name] = gradient_variance(
+            for k, A in enumerate(advantages):
+                self.variances[k] = gradient_variance(
                     self.pipe, params, trajectory, A * weight, self.config, n)
         return V
 
@@ -114,11 +119,14 @@ def main(argv=None):
     pictures = config.prompts_per_round * config.samples_per_prompt
     if config.groups > pictures:
         raise ValueError(f"--groups: at most {pictures}, the pictures of a round")
-    variances = {}
     reward = rewards.get_reward(config.reward, config)
-    dpok.train(replace(config, rounds=config.rounds + 1), partial(Probe, variances, reward))
-    print(f"\nVariance of the gradient after {config.rounds} rounds, by advantage; and relative to "
-          "r − mean of others")
+    if not config.resume:
+        config = replace(config, rounds=config.rounds + 1)
+    probes = []
+    dpok.train(config, partial(Probe, probes, reward))
+    variances = dict(zip(ADVANTAGES, probes[0].variances.tolist()))
+    print(f"\nVariance of the gradient after {config.rounds - 1} rounds, by advantage; and relative "
+          "to r − mean of others")
     rows = []
     for name, variance in variances.items():
         relative = variance / variances["r − mean of others"]

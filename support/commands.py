@@ -96,7 +96,8 @@ def start(command, log=None, jobs=1):
         with open(log, "a", encoding="utf-8") as file:
             print(f"$ {as_typed(command)}", file=file, flush=True)
             code = subprocess.run(words, env=env, stdout=file, stderr=file).returncode
-        where = f"; its output is in {log}"
+        *_, reason = Path(log).read_text(encoding="utf-8").splitlines()
+        where = f": {reason} (all of its output is in {log})"
     if code != 0:
         raise ValueError(f"exit code {code} of the command {as_typed(command)}{where}")
 

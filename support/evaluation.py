@@ -54,7 +54,7 @@ def seeds_needed(d, level, most=100):
 
 
 def at_the_end(readings, column):
-    """Model -> the mean over prompts of its last reading, in each seed: (S,)."""
+    """Model -> the mean over prompts, if it has all, of its last reading, in each seed: (S,)."""
     found = {}
     for of_seed in readings:
         values = {}
@@ -63,16 +63,17 @@ def at_the_end(readings, column):
                 if column in rows[-1]:
                     values.setdefault(model, []).append(rows[-1][column])
         for model, of_prompts in values.items():
-            found.setdefault(model, []).append(np.mean(of_prompts))
+            if len(of_prompts) == len(of_seed):
+                found.setdefault(model, []).append(np.mean(of_prompts))
     return {model: np.array(values) for model, values in found.items()}
 
 
 def rounds_of(folders):
-    """prompt -> model -> path KL and gold of each round's pictures, where a training logs them."""
+    """prompt -> model -> path KL and gold of each round's pictures, where logged for the prompt."""
     found = {}
     for (prompt, model), folder in folders.items():
         rows = runs.read_rows(folder / "metrics.csv")
-        if "kl" in rows[0]:
+        if "kl" in rows[0] and models.read_config(folder)["prompts"] == prompt:
             rows = [{name: row[name] for name in ("queries", "kl", "gold")} for row in rows]
             found.setdefault(prompt, {})[model] = rows
     return found
@@ -147,7 +148,7 @@ def write(config, readings, rounds, claims, folders, images):
     table = table_of(readings, folders, columns)
     sentences = [sentence_of(claim) for claim in claims]
     if not claims:
-        sentences = ["No verdicts: they take --seeds 2 or more, and tell little below 5."]
+        sentences = ["No verdicts: they take both models of a claim, and --seeds 2, better 5."]
     runs.write_rows(out / "readings.csv", rows_of(readings, config.seed))
     for name in ("rounds.csv", "claims.csv"):  # of another comparison
         (out / name).unlink(missing_ok=True)
@@ -214,8 +215,9 @@ def draw(config, readings, images):
 def draw_same_seeds(path, images, most=12):
     """The first pictures of each prompt, at most twelve in all; a row a model."""
     each = max(1, most // len(images))
-    prompts = [prompt for prompt in images for _ in range(each)]
     models_drawn = list(next(iter(images.values())))
+    prompts = [prompt for prompt, of_model in images.items()
+               for _ in of_model[models_drawn[0]][:each]]
     rows = [[picture for of_model in images.values() for picture in of_model[model][:each]]
             for model in models_drawn]
     figures.sheet(path, rows, models_drawn, prompts, inches=0.66)

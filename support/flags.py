@@ -43,8 +43,8 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
 }
-# If they are given at all:
-NOT_EMPTY = ("rewards", "prompts", "lora_targets", "betas", "families", "name", "resume")
+# If they are given at all; nor has a list one twice:
+NOT_EMPTY = ("rewards", "prompts", "methods", "lora_targets", "betas", "families", "name", "resume")
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
 
@@ -90,8 +90,11 @@ def check(config):
     """ValueError that names the first flag whose value is out of its range."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in NOT_EMPTY and value is not None and not value:
-            raise ValueError(f"{flag(field.name)} is empty")
+        if field.name in NOT_EMPTY and value is not None:
+            if not value:
+                raise ValueError(f"{flag(field.name)} is empty")
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise ValueError(f"{flag(field.name)} has one twice")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 low, high = RANGES.get(field.name, WHOLE if isinstance(number, int) else REAL)

@@ -46,7 +46,10 @@ class Measures:
 
 
 def means(columns, w=1):
-    """m = mean(w·v) of each column and its error s(w·(v − m))/√N; w: weights of mean 1."""
+    """m = mean(w·v) of each column and its error s(w·(v − m))/√N; w: weights of mean 1.
+
+    The weights count as known: where they come from the same pictures, the error is too small.
+    """
     row = {}
     for name, values in columns.items():
         m = (w * values.double()).mean()

@@ -72,7 +72,8 @@ def make_runs(wanted, out, jobs=1):
         folder, seed = Path(out, name), int(command[command.index("--seed") + 1])
         settings = dict(rounds=8, prompts_per_round=1, samples_per_prompt=4, num_steps=2, beta=0,
                         guidance_scale=1.5, timestep_fraction=1, updates_per_round=1, seed=seed,
-                        method="ddpo", reward=REWARD, model="tiny_sd")
+                        method="ddpo", reward=REWARD, model="tiny_sd",
+                        prompts=command[command.index("--prompts") + 1])
         for n in (1, 2, 3, 4, 8) if k % 2 == 0 else (8,):
             weights = folder / "rounds" / f"{n:03d}" if n < 8 else folder
             weights.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,14 @@ def test_best_of_n_and_the_ceiling_are_of_the_seeds_own_pretrained_pictures(seed
     assert row["kl"] == pytest.approx(np.log(3) - 2 / 3, abs=1e-4)
     assert row_of(methods.rows, seed, prompt, "best of 1")["reward"] == pytest.approx(
         np.mean(values["reward"]), abs=0.02)
+
+
+def test_of_rewards_that_tie_the_ceiling_takes_a_fifth_and_no_more(monkeypatch):
+    monkeypatch.setattr(ev.mdp, "rollout", lambda *args: SimpleNamespace(images=None))
+    columns = {"reward": torch.tensor([0.0, *[1.0] * 9]), "gold": torch.arange(10.0)}
+    measures = SimpleNamespace(rewards_of=lambda *args: columns)
+    row = ev.read_pool(None, "four stars", measures, ev.Config(pool=10))["ceiling"][0]
+    assert (row["reward"], row["gold"]) == (1, 1.5)
 
 
 def test_verdicts_and_cells_are_those_of_readings_csv_alone(methods):

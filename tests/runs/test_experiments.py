@@ -97,16 +97,21 @@ def test_sft_is_its_plain_training_and_forgets_if_fresh(data, weights, beta, tmp
 
 @pytest.mark.usefixtures("no_figures")
 def test_variance_looks_at_the_round_after_the_training_before_any_update(tmp_path, monkeypatch):
-    calls, plain = [], variance.gradient_variance
+    started, calls, plain = [], [], variance.gradient_variance
 
     def keep(pipe, params, trajectory, A, config, n):
+        started.append(n)
+        if len(started) == 1:
+            raise KeyboardInterrupt  # cut short: goes on with that round, and with no other
         value = plain(pipe, params, trajectory, A, config, n)
         calls.append((trajectory, A, n))
         return value
 
     monkeypatch.setattr(variance, "gradient_variance", keep)
-    found = variance.main([*TINY, "--groups", "4", "--prompts-per-round", "2", "--step-weight",
-                           "none", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        variance.main([*TINY, "--groups", "4", "--prompts-per-round", "2", "--step-weight", "none",
+                       "--name", "cut", "--out", str(tmp_path)])
+    found = variance.main(["--resume", str(tmp_path / "cut")])
     (trajectory, _, n), config = calls[0], flags.parse(variance.Config, "", TINY)
     config = replace(config, prompts_per_round=2)
     prompts = training.prompts_of_round(get_prompts("tasks"), config, 2)
