@@ -226,8 +226,6 @@ def read_all(folders, config, measures):
         if len(get_prompts(prompt)) == 1:
             readings[prompt] |= read_pool(pipe, prompt, measures, config)
     for (prompt, model), folder in tqdm(folders.items(), "reading", unit="run"):
-        if model in readings[prompt]:
-            raise ValueError(f"--runs {folder}: {model} is the name of another row")
         rows = list(readings[prompt]["pretrained"])
         for queries, weights in runs.kept_weights(folder).items():
             pipe, reference = models.load_run(weights, *machine)

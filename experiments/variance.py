@@ -125,8 +125,8 @@ def main(argv=None):
     probes = []
     dpok.train(config, partial(Probe, probes, reward))
     variances = dict(zip(ADVANTAGES, probes[0].variances.tolist()))
-    print(f"\nVariance of the gradient after {config.rounds - 1} rounds, by advantage; and relative "
-          "to r − mean of others")
+    print(f"\nVariance of the gradient after {config.rounds - 1} rounds, by advantage; relative to "
+          "r − mean of others")
     rows = []
     for name, variance in variances.items():
         relative = variance / variances["r − mean of others"]
