@@ -203,7 +203,7 @@ def read_pool(pipe, prompt, measures, config):
     pool = mdp.rollout(pipe, prompts, config, "pool")
     columns = measures.rewards_of(pool.images, prompts)
     r = columns["reward"]
-    ranks = r.argsort(descending=True, stable=True).argsort()
+    ranks = r.argsort(descending=True).argsort()
     is_best = (ranks < len(r) / 5).double()
     found = {"ceiling": [means(columns, is_best / is_best.mean())]}
     for n in config.best_of:
