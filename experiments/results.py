@@ -24,9 +24,8 @@ FRESH = ("--seeds", "5", "--seed", "10")  # seeds that no tuning and no pilot us
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
-           "overoptimization_proxy": "overoptimization",
-           "overoptimization_writing_film": "overoptimization_writing",
-           "overoptimization_writing": "overoptimization_writing_curves",
+           "overoptimization": "overoptimization_writing",
+           "overoptimization_curves": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
            "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
            "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples",
@@ -141,10 +140,6 @@ def render(readme, tables_in=HERE):
     readme.write_text("<!-- ".join(parts), encoding="utf-8")
 
 
-def overoptimized(out, part):
-    return overoptimization.main(["--only", part, "--out", str(out)])[part]
-
-
 TABLES = {  # CSV file -> a function of the folder of all runs, which gives its lines
     "ddpo_defaults": lambda out: chapter(out, "ddpo_defaults", "03_ddpo.py"),
     "dpok_defaults": lambda out: chapter(out, "dpok_defaults", "04_dpok.py"),
@@ -171,8 +166,7 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "early_stopping": lambda out: start(
         out / "early_stopping" / "table.csv", "experiments/early_stopping.py", "--comparison",
         str(out / "eval_seeds")),
-    "overoptimization": lambda out: overoptimized(out, "proxy"),
-    "writing": lambda out: overoptimized(out, "writing")}
+    "writing": lambda out: overoptimization.main(["--out", str(out)])}
 
 
 def main(argv=None):

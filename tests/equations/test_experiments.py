@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from experiments import lemma, overoptimization, sft, variance
+from experiments import lemma, sft, variance
 from tests.equations import closed_forms as chain
 from tests.equations.closed_forms import linear_steps, randn, stable_scheduler
 
@@ -97,9 +97,3 @@ def test_gradient_variance_is_that_of_a_mean_of_groups():
         g = torch.autograd.grad(J, params, retain_graph=True)
         groups.append(torch.cat([part.flatten() for part in g]).numpy())
     assert found == pytest.approx(np.var(groups, axis=0, ddof=1).sum() / 5, rel=1e-9) and found > 0
-
-
-@equation("hindsight's best", "experiments.overoptimization.hindsights_best")
-def test_hindsights_best_by_hand():
-    assert overoptimization.hindsights_best([0, 9, 0, 0, 0, 5, 5, 5, 5, 5, 1]) == 9
-    assert overoptimization.hindsights_best([3, 1, 2]) == 0

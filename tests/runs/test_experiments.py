@@ -238,8 +238,8 @@ def test_sweep_trains_what_is_missing_and_compares(fake_runs, tmp_path, monkeypa
         assert ax.collections[0].get_segments()[0].tolist()[1] == [20, first + error]
 
 
-def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tmp_path,
-                                                                   monkeypatch):
+def test_overoptimization_counts_and_shows_where_the_trick_has_worked(fake_runs, tmp_path,
+                                                                      monkeypatch):
     monkeypatch.setattr(overoptimization.reward_models, "load_vlm", lambda name, device: (
         lambda images, questions: [f"{question} 7" for question in questions]))
     monkeypatch.setattr(overoptimization.judge, "read", lambda images: [
@@ -247,31 +247,26 @@ def test_overoptimization_runs_its_parts_and_finds_hindsights_best(fake_runs, tm
     drawn, draw = [], overoptimization.draw_lines
     monkeypatch.setattr(overoptimization, "draw_lines", lambda path, panels: (
         draw(path, panels), drawn.append([list(lines.values()) for lines in panels.values()])))
-    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path)]
-    found = overoptimization.main([*words, "--", "--vlm", "mine"])
-    common = dict(rounds=9, learning_rate=2e-3, seed=3, vlm="mine", out=str(tmp_path))
-    wanted = [dict(beta=beta) for beta in (0.0, 0.01, 0.1)]
-    wanted += [dict(reward="vlm_strict", beta=beta, value=False, prompts="count", film_pictures=32,
-                    prompts_per_round=4, samples_per_prompt=12) for beta in (0.0, 0.03)]
+    words = ["--rounds", "9", "--seed", "3", "--out", str(tmp_path), "--", "--vlm", "mine"]
+    rows = overoptimization.main(words)
+    common = dict(reward="vlm_strict", value=False, prompts="count", film_pictures=32, rounds=9,
+                  prompts_per_round=4, samples_per_prompt=12, learning_rate=2e-3, seed=3,
+                  vlm="mine", out=str(tmp_path))
     assert [replace(config, name=None) for config in fake_runs] == [
-        dpok.Config(**dict(samples_per_prompt=48) | common | changes) for changes in wanted]
-    row = found["proxy"][2]
-    assert (row["beta"], row["hindsight's best round"]) == (0.1, 4)
-    assert row["gold over the five rounds up to it"] == "-1.4±0.9"  # 0.1 less 4, 1, 0, 1
-    (_, r, best), (_, g, _) = [lines[2] for lines in drawn[0]]
-    assert (r[8], g[3], best) == (6, pytest.approx(-1.4), [3])
+        dpok.Config(**common, beta=beta) for beta in (0.0, 0.03)]
+    (_, r), (_, g), (queries, shares) = [lines[1] for lines in drawn[0]]
+    assert (r[8], g[3]) == (6, pytest.approx(-1.47)) and queries == [0, 8, 16, 24, 32]
     threes = sum("three" in prompt for prompt in
                  training.spread_evenly(get_prompts("count"), 32)) / 32
-    row = found["writing"][1]
+    row = rows[1]
     assert [row[name] for name in ("number written before", "number written after",
                                    "any digit after")] == [0, round(threes, 2), 1]
-    prompts, frames = runs.read_film(tmp_path / "overoptimization_writing_beta_0")
+    assert (shares[0], shares[-1]) == (0, round(threes, 2))
+    prompts, frames = runs.read_film(tmp_path / "overoptimization_beta_0")
     assert all("three" in prompts[i] for i in overoptimization.telling(prompts, frames[32]))
     assert {path.stem for path in tmp_path.glob("*.png")} == {
-        f"overoptimization_{name}" for name in ("proxy", "writing", "writing_film")}
-    assert list(overoptimization.main(["--only", "proxy", *words, "--", "--vlm", "mine"])) == [
-        "proxy"]
-    assert len(fake_runs) == 5
+        "overoptimization", "overoptimization_curves"}
+    assert overoptimization.main(words) == rows and len(fake_runs) == 2
 
 
 @pytest.mark.parametrize("experiment", ["eval", "ddpo_rewards"])
