@@ -10,9 +10,9 @@ commands (you can type the same), leaves out finished runs, and refuses one with
 Flags behind a lone -- are passed on to chapter 4: `-- --alpha 2`.
 EXPECT more and more digits, beside numbers of shapes that get no better. The KL term does not keep
 the digits out: writing costs few nats.
-WRITES in --out the run folders overoptimization_beta_*/, overoptimization_curves.png (against reward
-queries: proxy and gold, means of five rounds, and the share of pictures with the number written),
-and overoptimization.png (first of all prompts with which the trick has worked).
+WRITES in --out the run folders overoptimization_beta_*/, overoptimization_curves.png (against
+reward queries: proxy and gold, means of five rounds, and the share of pictures with the number
+written), and overoptimization.png (first of all prompts with which the trick has worked).
 """
 import sys
 from dataclasses import dataclass
