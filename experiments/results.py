@@ -28,6 +28,7 @@ FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
            "overoptimization_curves": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
            "eval_seeds/scores": "eval_scores", "eval_seeds/same_seeds": "eval_same_seeds",
+           "prompt_alignment/location_seed10/before_after": "prompt_alignment",
            "ddpo_rewards/queries": "ddpo_rewards", "ddpo_rewards/samples": "samples",
            "ddpo_rewards/incompressibility_DDPO_SF_seed10/film": "overoptimization_noise"}
 
