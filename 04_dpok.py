@@ -23,7 +23,7 @@ taken off, too; A is neither divided by a spread nor cut, since α sets its scal
 on the reward's term only: J's optimum is theirs only with `none`. Adapters and learning rate differ
 from 03's and from the published ones.
 EXERCISES. (1) At which step are most nats paid, and why there? (2) Write + β·kl in dpok_objective:
-which tests fail? (3) Run experiments/variance.py on one prompt and on five: where does V help?
+which tests fail? (3) Run experiments/variance.py on one prompt and on five: does V help?
 """
 import math
 from dataclasses import dataclass

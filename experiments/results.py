@@ -150,8 +150,8 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "tuning": lambda out: tune.main(["--out", str(out / "tuning")]),
     "quality": lambda out: quality(out / "quality", out / "tuning"),
     "eval_seeds": lambda out: fresh(
-        out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH, "--prompts",
-        "an orange star", "four stars"),
+        out / "eval_seeds", "05_eval.py", ("readings.csv", "rounds.csv"), *FRESH, "--rounds", "40",
+        "--prompts", "an orange star", "four stars"),
     "eval_claims": lambda out: read(out / "eval_seeds" / "claims.csv")[1],
     "ddpo_rewards_tuning": lambda out: tune.main([
         "--experiment", "ddpo_rewards", "--out", str(out / "ddpo_rewards_tuning")]),

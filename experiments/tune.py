@@ -10,7 +10,7 @@ number a seed,
 A setting with one lucky seed must be better to win, for that raises the standard error, too. What
 is within 0.01 of the largest is a tie; of equal rates the first is taken. The r of what is chosen
 is too high, being chosen by it: the claims' trainings say what a method reaches. No claim uses
-these seeds. Chapter 5's settings are judged after half of its queries, on two prompts that no claim
+these seeds. Chapter 5's settings are judged after 1,280 queries, on two prompts that no claim
 uses (r is the mean over both): they read like "an orange star" and "four stars", but the pretrained
 model draws both mostly right.
 

@@ -11,9 +11,8 @@ variance of their mean. The baselines tie the groups together a little, so it is
 RUN `python experiments/variance.py`: chapter 4's training on five prompts, with one round more, at
 whose start it measures the variance with r alone, with r − mean of the prompt's other pictures, and
 with r − V(x_t, z, t) less the others' mean, which is chapter 4's. Four minutes on two CPU cores.
-EXPECT the others' mean to take off most of it, and V a smaller part of what is left, once it has
-seen enough rounds. TRY `--rounds 5`, or one prompt: `--prompts bias --prompts-per-round 1
---samples-per-prompt 64`.
+EXPECT the others' mean to take off most of it; that V takes off more, three seeds could not show.
+TRY `--rounds 5`, or one prompt: `--prompts bias --prompts-per-round 1 --samples-per-prompt 64`.
 WRITES variance.csv in --out, and there a run folder like chapter 4's.
 """
 import sys
