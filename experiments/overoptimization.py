@@ -2,8 +2,8 @@
 
 "n shapes" is paid by vlm_strict, which asks the vision-language model how many shapes there are. A
 printed digit is what that model believes first; so the diffusion model learns to write it, without
-and with a KL term. (Figure 7, left, is film.png of a DDPO_SF run of ddpo_rewards.py on incompressibility;
-how gold falls while image_reward rises, chapter 5's curves show.)
+and with a KL term. (Figure 7, left, is film.png of a DDPO_SF run of ddpo_rewards.py on
+incompressibility; how gold falls while image_reward rises, chapter 5's curves show.)
 
 RUN `python experiments/overoptimization.py`: two trainings (not timed yet). It prints and starts
 commands (you can type the same), leaves out finished runs, and refuses one with other settings.
