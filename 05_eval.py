@@ -20,8 +20,8 @@ two models, one number a seed, are independent, and tell of other seeds, on thes
 
 RUN `python 05_eval.py`: one prompt, one seed. It starts each training that is not there yet, and
 writes index.html in runs/eval/. EXPECT RL's reward to pass the ceiling, which imitation's does not;
-and after more rounds DPOK_no_KL's gold to fall while its reward still rises. TRY `--rounds 40`,
-`--seeds 5`, `--quick` (an easier prompt), `--runs A B`. DEPARTURES. Tuned: rate, updates, passes.
+after more rounds, DPOK_no_KL's gold to fall while its reward rises. TRY `--rounds 40`, `--seeds 5`,
+`--quick`, `--runs A B`. DEPARTURES. Only learning rates, updates and SFT's passes are tuned.
 EXERCISES. (1) Which method is best per nat? (2) Evaluate 03's run: `--runs RUN --prompts location`.
 """
 import math
@@ -79,7 +79,7 @@ class Config(rewards.RewardFlags):
     num_steps: int = 10  # denoising steps T
     eta: float = 1.0  # noise of a step: 1 is DDPM's
     guidance_scale: float = 1.0  # classifier-free guidance; 1 means none
-    quick: bool = False  # a short tour: one prompt, two methods, 640 queries
+    quick: bool = False  # a short tour: one easier prompt, two methods, 640 queries
     seed: int = 0  # of the first training and evaluation; the next has 1 more
     out: str = "runs/eval"  # folder of the runs and of the page; with --quick runs/quick
     sd: bool = False  # the published settings for the full model become the defaults

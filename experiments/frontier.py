@@ -188,7 +188,8 @@ def table_of(curve, others):
     rows = []
     for what, point in points.items():
         least = least_kl(curve, point.get("least reward", point["reward"]))
-        row = {"what": what, "KL at least": f"{least:.3g}", "KL at most": f"{point['kl']:.3g}"}
+        row = {"what": what, "KL at least": f"{least:.3g}",
+               "KL at most": evaluation.cell(point["kl"], 0)}
         for name in ("reward", "gold"):
             row[name] = evaluation.cell(point[name], point[f"{name}_se"])
         rows.append(row)

@@ -1,6 +1,6 @@
 """Every number in one place: runs what is missing, writes small CSV files, renders README.md.
 
-    python experiments/results.py            runs what is missing in runs/results/ (all: a day)
+    python experiments/results.py            runs what is missing in runs/results/ (half a day)
     python experiments/results.py --render   only writes the tables of the CSV files into README.md
 
 A CSV file starts with lines "# title: ...", "# command: ...", "# seeds: ...", "# device: ...",

@@ -43,7 +43,7 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "temperature": (TINY, 1e30),
     "timestep_fraction": (TINY, 1),
 }
-# If they are given at all; nor has a list one twice:
+# If they are given at all; and in a list each stands once:
 NOT_EMPTY = ("rewards", "prompts", "methods", "lora_targets", "betas", "families", "name", "resume")
 
 unfinished = None  # folder of the run that is being trained, which --resume can go on with
@@ -94,7 +94,7 @@ def check(config):
             if not value:
                 raise ValueError(f"{flag(field.name)} is empty")
             if isinstance(value, tuple) and len(set(value)) < len(value):
-                raise ValueError(f"{flag(field.name)} has one twice")
+                raise ValueError(f"{flag(field.name)}: one of them stands there twice")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 low, high = RANGES.get(field.name, WHOLE if isinstance(number, int) else REAL)

@@ -502,7 +502,9 @@ def test_no_flag_is_parsed_and_dropped(name):
     (variance, "--groups 99", "--groups"), (frontier, "--prompts count", "--prompts count"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas", "--betas"), (sweep, "-- --beta 1", "--beta"),
     (sweep, "-- --rounds 0", "--rounds"), (ddpo_rewards, "-- --num-steps 0", "--num-steps"),
-    (generalization, "--prompts nothing", "--prompts nothing"), (tune, "--rounds 0", "--rounds"),
+    (generalization, "--prompts nothing", "--prompts nothing"),
+    (generalization, "--prompts bias", "--prompts bias"), (generalization, "--gold a", "--gold a"),
+    (ddpo_rewards, "--methods RWR RWR", "--methods"), (tune, "--rounds 0", "--rounds"),
     (overoptimization, "-- --film-pictures 4", "--film-pictures"),
     (overoptimization, "-- --value", "--value")])
 def test_bad_input_is_one_line_naming_the_flag(script, words, named, tmp_path, capsys, monkeypatch):

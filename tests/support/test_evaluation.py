@@ -12,7 +12,8 @@ CONFIG = SimpleNamespace(reward=NASTY, gold="g", others=("aesthetic",), quick=Fa
 
 
 def test_the_end_is_each_models_last_reading_a_mean_over_prompts_for_each_seed():
-    seeds = [{"p": {"A": [{"gold": 9}, {"gold": k}], "B": [{"reward": 1}]},
+    seeds = [{"p": {"A": [{"gold": 9}, {"gold": k}], "B": [{"reward": 1}],
+                    "C": [{"gold": 5}]},
               "q": {"A": [{"gold": k + 4}]}} for k in (0, 10)]
     found = evaluation.at_the_end(seeds, "gold")
     assert {model: values.tolist() for model, values in found.items()} == {"A": [2, 12]}
