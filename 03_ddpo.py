@@ -23,6 +23,7 @@ to gain 0.25 on fresh noise, in 3 minutes on two cores. TRY `--estimator sf`, `-
 DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
 mean as baseline (the paper's is `running`); a learning rate that falls (the paper's is constant).
+FLOW MATCHING (Stable Diffusion 3, FLUX): `experiments/flow.py` hands this loop such steps.
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
 (2) Take min out of the objective: which test fails? (3) Why may a baseline contain any reward but
 the sample's own?
@@ -172,10 +173,10 @@ def check(config, needs_others):
         raise ValueError(f"--updates-per-round: at most {pictures}, the pictures of a round")
 
 
-def evaluate(pipe, prompts, reward, config):
+def evaluate(pipe, prompts, reward, config, policy=mdp.policy):
     """Rewards and pictures on noise that training never draws: the same at each call."""
     prompts = training.spread_evenly(prompts, config.eval_samples)
-    trajectory = mdp.rollout(pipe, prompts, config, "evaluate")
+    trajectory = mdp.rollout(pipe, prompts, config, "evaluate", policy=policy)
     r = rewards.score(reward, trajectory.images, prompts)
     return {"prompts": prompts, "images": trajectory.images, "reward": r}
 
@@ -255,7 +256,7 @@ def ratio_root(pipe, config):
     return math.prod(models.latent_shape(pipe))
 
 
-def train(config):
+def train(config, policy=mdp.policy, advantages=advantages):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
     check(config, config.baseline == "leave_one_out")
     T, clip_range = config.num_steps, config.clip_range
@@ -267,13 +268,13 @@ def train(config):
     step_weight = step_weights(pipe, config)
     root = ratio_root(pipe, config)
     baseline = {}  # the running baseline's rewards, by prompt
-    look = partial(evaluate, pipe, all_prompts, reward, config)
+    look = partial(evaluate, pipe, all_prompts, reward, config, policy)
     run = runs.Run(config, "ddpo_is", look)
 
     for n in run.rounds(pipe, optimizer, baseline):  # --resume restores these three
         training.set_rate(optimizer, config, n)
         prompts = training.prompts_of_round(all_prompts, config, n)
-        trajectory = mdp.rollout(pipe, prompts, config, "train", n)
+        trajectory = mdp.rollout(pipe, prompts, config, "train", n, policy)
         r = rewards.score(reward, trajectory.images, prompts)
         A = advantages(r, prompts, baseline, config)
         A = A.to(step_weight) * step_weight  # (B,1)·(T,) -> (B,T)

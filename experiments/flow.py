@@ -1,0 +1,250 @@
+"""Chapter 3 in flow-matching time: Flow-GRPO's, DanceGRPO's and CPS's steps in the same loop.
+
+WHAT YOU LEARN. Stable Diffusion 3 and FLUX are flow-matching models: on x̃ = (1−s)·x_0 + s·ε, with
+time s from 1 (noise) to 0 (picture), they predict the velocity v = ε − x_0. To train one by policy
+gradient its sampler needs noise, and so a density. Nothing new has to be trained to see how: in
+other coordinates tiny_sd *is* a flow-matching model, and chapter 3's loop trains it.
+
+    s  = √(1−ᾱ)/c,  x̃ = x/c,  c = √ᾱ + √(1−ᾱ)                              change of variables
+    v  = ε̂ − x̂_0,  x̂_0 = x̃ − s·v,  ε̂ = x̃ + (1−s)·v                         velocity
+    x̃' = x̃ + dt·v,  dt = s' − s < 0                                         the ODE: no density
+    μ  = x̃ + dt·(v + g²/(2s)·ε̂),  σ = g·√(−dt)                              the SDE's step
+         g = a·√(s/(1−s)) in Flow-GRPO, g = a in DanceGRPO
+    μ  = (1−s')·x̂_0 + √(s'²−τ²)·ε̂,  σ = τ = s'·sin(a·π/2)                    CPS
+    KL = ‖μ_p−μ_q‖²/(2g²(−dt)) = (−dt)/2·(1/g + g(1−s)/(2s))²·‖v_p−v_q‖²    of two models
+
+Chapter 1's step (DDIM, η) is CPS's with τ = σ_t/c', exactly; Flow-GRPO's mean agrees with CPS's of
+the same σ to first order in dt. So "what is the ratio of a flow model?" has chapter 1's answer: the
+same Gaussian log-probability, with another mean and another σ.
+
+WHERE CODE DIFFERS, each a flag: advantages are divided by the group's standard deviation (GRPO),
+the round's (global_std of flow_grpo/stat_tracking.py) or nothing (Dr. GRPO): --normalize. Noise in a
+window of steps, the ODE elsewhere (MixGRPO, whose window moves; here it begins with the first
+step): --noise-steps. Log-ratios as means over dimensions: --ratio per_dim. The last step is not
+trained: --no-train-last.
+TRAPS, each with a test. (1) g is infinite at s = 1; flow_grpo/diffusers_patch/sd3_sde_with_logprob.py
+takes the next s there, we refuse. (2) The last step leaves noise: σ = 0.07 with T = 10 equal steps
+and a = 0.7. So people train with the SDE and judge by the ODE; we print both. (3) The published KL
+(scripts/train_sd3.py) divides by g² without −dt, CPS's log-probability there is not divided by 2σ²,
+and both are means over dimensions. (4) Latents rounded to bfloat16 move the ratio from 1 before
+anything is learned. (5) dt is negative. (6) Constant a takes variance away: of 0.25 CPS leaves 0.14
+in 10 steps, and 0.18 in 400; the SDE leaves 0.23 and 0.25.
+
+RUN `python experiments/flow.py`: chapter 3's task with Flow-GRPO's step, TODO minutes on two cores.
+EXPECT TODO. TRY `--sampler cps`, `--sampler ddim --noise-steps 4`, `--normalize none`.
+DEPARTURES. Times are the schedule's, equal in t and not in s. Chapter 5 draws from such a run with
+chapter 1's step, as from any other; config.json says with which it was trained.
+EXERCISES. (1) Why do v and ε̂ of one x̃ differ by x̂_0, whatever the model? (2) Which σ has the last
+but one step of chapter 1 in flow time, and which has Flow-GRPO's? (3) --noise 0.1: what does the
+ratio's clip do then?
+"""
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+from math import pi, sin
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import flags, models, runs, training  # noqa: E402
+from support.prompts import get_prompts  # noqa: E402
+
+mdp = import_module("01_mdp")  # predict_noise, ddim_coefficients, x0_and_noise, column
+rewards = import_module("02_rewards")  # get_reward
+ddpo = import_module("03_ddpo")  # Config, train, evaluate, check, spread
+
+
+@dataclass(frozen=True)
+class Config(ddpo.Config):
+    sampler: Literal["sde", "constant", "cps", "ddim"] = "sde"  # Flow-GRPO, DanceGRPO, CPS, 01
+    noise: float = 0.7  # a: how much noise a step adds; --sampler ddim has --eta instead
+    noise_steps: int = 0  # noise in so many first steps, the ODE in the others; 0: in all
+    train_last: bool = True  # train on the last step too
+    normalize: Literal["group", "round", "none"] = "group"  # whose deviation divides advantages
+    baseline: Literal["group"] = "group"  # the mean of the prompt's pictures is subtracted from r
+    estimator: Literal["is"] = "is"  # importance sampling, as in GRPO
+    step_weight: Literal["none"] = "none"  # chapter 3's weights are of chapter 1's step
+    rounds: int = 60  # rounds of sample, score, update
+    name: str | None = "flow"  # the run's folder in --out
+
+
+SD = ddpo.SD | {"baseline": "group", "samples_per_prompt": 8, "prompts_per_round": 32}
+
+
+# ---- change of variables --------------------------------------------------------------------
+
+
+def flow_time(alpha):
+    """s = √(1−ᾱ)/c,  c = √ᾱ + √(1−ᾱ): then x/c = (1−s)·x_0 + s·ε.   (N,) -> s, c, (N,) each"""
+    signal = alpha.sqrt()
+    noise = (1 - alpha).sqrt()
+    c = signal + noise
+    return noise / c, c
+
+
+def velocity(x_0, eps):
+    """v = ε̂ − x̂_0: what a flow-matching model predicts.   (B,C,H,W), (B,C,H,W) -> (B,C,H,W)"""
+    return eps - x_0
+
+
+# ---- one step: a Gaussian; x and v are (B,C,H,W), s, s_prev, g, tau () or (B,1,1,1) ----------
+
+
+def flow_grpo_noise(s, a):
+    """g = a·√(s/(1−s)); ValueError at s = 1, where it is infinite.   (N,) -> (N,)"""
+    if (s >= 1).any():
+        raise ValueError("--sampler sde: Flow-GRPO's noise is infinite at s = 1, where this model's "
+                         "schedule begins; try --sampler constant or cps")
+    return a * (s / (1 - s)).sqrt()
+
+
+def sde_step(x, v, s, s_prev, g):
+    """μ = x̃ + dt·(v + g²/(2s)·ε̂),  σ = g·√(−dt)   (Flow-GRPO).  -> mean (B,C,H,W), std
+
+    With g = 0 it is Euler's step of the ODE.
+    """
+    dt = s_prev - s
+    eps = x + (1 - s) * v
+    mean = x + dt * (v + g**2 / (2 * s) * eps)
+    std = g * (-dt).sqrt()
+    return mean, std
+
+
+def cps_noise(s_prev, a):
+    """τ = s'·sin(a·π/2): a share of the noise that is due at s'.   (N,) -> (N,)"""
+    return s_prev * sin(a * pi / 2)
+
+
+def cps_step(x, v, s, s_prev, tau):
+    """μ = (1−s')·x̂_0 + √(s'²−τ²)·ε̂,  σ = τ   (Flow-CPS).  -> mean (B,C,H,W), std
+
+    Old and new noise together are s', as the model expects, whatever τ is.
+    """
+    x_0 = x - s * v
+    eps = x + (1 - s) * v
+    stays = (s_prev**2 - tau**2).clamp(min=0).sqrt()
+    mean = (1 - s_prev) * x_0 + stays * eps
+    return mean, tau
+
+
+def flow_kl(v_p, v_q, s, s_prev, g):
+    """KL = (−dt)/2·(1/g + g(1−s)/(2s))²·‖v_p − v_q‖²  of the SDE's step, in nats.  -> (B,)"""
+    dt = s_prev - s
+    weight = (1 / g + g * (1 - s) / (2 * s)).square()
+    distance = (v_p - v_q).square()
+    kl = -dt / 2 * weight * distance
+    return kl.sum((1, 2, 3))
+
+
+# ---- the policy: what chapter 3's loop is handed --------------------------------------------
+
+
+def has_noise(scheduler, t, config):
+    """1 for the first --noise-steps steps, else 0; 1 for all where it is 0.   (N,) -> (N,)"""
+    if not config.noise_steps:
+        return torch.ones(len(t), dtype=torch.float64)
+    noisy = min(config.noise_steps, len(scheduler.timesteps))
+    last = scheduler.timesteps[noisy - 1].cpu()
+    return (t >= last).double()
+
+
+def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
+    """N(c'·μ, (c'·σ)²I): a flow step in chapter 1's coordinates, x = c·x̃.  -> mean, std
+
+    So the start, what is stored and the decoder stay chapter 1's. log p moves by D·log c', the same
+    for every model: ratio and KL are those of x̃. Where --noise-steps has none, std is 0.
+    """
+    scheduler = pipe.scheduler
+    noise_pred = mdp.predict_noise(
+        pipe.unet, x_t, t, prompt_embeds, negative_embeds, config.guidance_scale)
+    alpha_t, alpha_prev, sigma_t = mdp.ddim_coefficients(scheduler, t, config.eta)
+    s, c = flow_time(alpha_t)
+    s_prev, c_prev = flow_time(alpha_prev)
+    if config.sampler == "sde":
+        noise = flow_grpo_noise(s, config.noise)
+    elif config.sampler == "constant":
+        noise = torch.full_like(s, config.noise)
+    elif config.sampler == "cps":
+        noise = cps_noise(s_prev, config.noise)
+    else:
+        noise = sigma_t / c_prev
+    noise = noise * has_noise(scheduler, t.cpu().reshape(-1), config)
+
+    alpha_t = mdp.column(alpha_t, x_t)
+    s, s_prev = mdp.column(s, x_t), mdp.column(s_prev, x_t)
+    c, c_prev = mdp.column(c, x_t), mdp.column(c_prev, x_t)
+    noise = mdp.column(noise, x_t)
+    x_0, eps = mdp.x0_and_noise(scheduler, noise_pred, alpha_t, x_t)
+    v = velocity(x_0, eps)
+    step = sde_step if config.sampler in ("sde", "constant") else cps_step
+    mean, std = step(x_t / c, v, s, s_prev, noise)
+    return c_prev * mean, c_prev * std
+
+
+def ode_policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
+    """The same without noise, to look at pictures with: std is 0, and there is no density."""
+    config = replace(config, sampler="constant", noise=0.0)
+    return policy(pipe, x_t, t, prompt_embeds, negative_embeds, config)
+
+
+# ---- advantages -----------------------------------------------------------------------------
+
+
+def group_advantage(r, prompts, normalize):
+    """A_i = (r_i − mean of the prompt's r) / s.   (B,), B strings -> (B,) float64
+
+    s: deviation of the prompt's r (GRPO), of the round's, or 1 (Dr. GRPO). The mean has r_i in it:
+    without dividing that is chapter 3's difference times (n−1)/n.
+    """
+    r = r.double()
+    A = torch.empty_like(r)
+    for i, prompt in enumerate(prompts):
+        group = r[[other == prompt for other in prompts]]
+        A[i] = r[i] - group.mean()
+        if normalize == "group":
+            A[i] = A[i] / ddpo.spread(group)
+        elif normalize == "round":
+            A[i] = A[i] / ddpo.spread(r)
+    return A
+
+
+def advantages(r, prompts, history, config):
+    """A of each step, cut to ± --advantage-clip, and 0 at steps not to be trained.  -> (B,T)"""
+    T = config.num_steps
+    A = group_advantage(r, prompts, config.normalize)
+    A = A.clamp(-config.advantage_clip, config.advantage_clip)
+    trained = torch.ones(T, dtype=torch.float64)
+    if config.noise_steps:
+        trained[config.noise_steps:] = 0
+    if not config.train_last:
+        trained[-1] = 0
+    return A[:, None] * trained
+
+
+# ---- by the ODE -----------------------------------------------------------------------------
+
+
+def rewards_by_ode(model, config):
+    """Rewards of a run's evaluation noise when the ODE draws.  -> (eval_samples,)"""
+    pipe = models.load_pipeline(model, config.device, config.dtype)
+    reward = rewards.get_reward(config.reward, config)
+    seen = ddpo.evaluate(pipe, get_prompts(config.prompts), reward, config, ode_policy)
+    return seen["reward"]
+
+
+def main(argv=None):
+    config = runs.parse(Config, __doc__, argv, SD)
+    ddpo.check(config, needs_others=True)
+    run, summary = ddpo.train(config, policy, advantages)
+    runs.report(run, summary)
+    before = training.mean_se(rewards_by_ode(config.model, config))
+    after = training.mean_se(rewards_by_ode(run.folder, config))
+    print("By the ODE, from the same noise: {:.3f} ± {:.3f} before, {:.3f} ± {:.3f} after".format(
+        *before, *after))
+    return run
+
+
+if __name__ == "__main__":
+    flags.run(main)
