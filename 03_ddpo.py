@@ -23,10 +23,9 @@ to gain 0.25 on fresh noise, in 3 minutes on two cores. TRY `--estimator sf`, `-
 DEPARTURES. Step weights (the paper has `none`); the exact ratio (the published one, `per_dim`, is
 its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 16384); the others'
 mean as baseline (the paper's is `running`); a learning rate that falls (the paper's is constant).
-FLOW MATCHING (Stable Diffusion 3, FLUX): `experiments/flow.py` hands this loop such steps.
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
 (2) Take min out of the objective: which test fails? (3) Why may a baseline contain any reward but
-the sample's own?
+the sample's own? (4) What is w_t of a flow-matching model? `experiments/flow.py` trains one so.
 """
 import math
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ def mean_of_others(values, prompts):
     """mean_{j≠i, same prompt} v_j, for each picture i.   (B,...), B strings -> (B,...)"""
     assert len(values) == len(prompts)
     means = torch.empty_like(values)
-    for i in range(len(prompts)):
-        others = [j for j, prompt in enumerate(prompts) if prompt == prompts[i]]
+    for i, prompt in enumerate(prompts):
+        others = [j for j, other in enumerate(prompts) if other == prompt]
         others.remove(i)
         means[i] = values[others].mean(0)
     return means
@@ -108,9 +107,8 @@ def leave_one_out_advantage(r, prompts):
 def running_advantage(r, prompts, history, keep=32, min_count=16):
     """A_i = (r_i − mean) / std over the prompt's last `keep` rewards, this round's included.
 
-    DDPO's per-prompt statistics; with fewer than min_count rewards, those of the whole round, as in
-    the published code. They contain r_i, which shrinks E[A·∇log p] a little. `history` maps a
-    prompt to its rewards, and is changed in place.
+    DDPO's per-prompt statistics; below min_count rewards those of the whole round, as published.
+    They contain r_i, which shrinks E[A·∇log p] a little. `history` (prompt -> rewards) changes.
     """
     r = r.double()
     for value, prompt in zip(r.tolist(), prompts):
@@ -177,8 +175,9 @@ def evaluate(pipe, prompts, reward, config, policy=mdp.policy):
     """Rewards and pictures on noise that training never draws: the same at each call."""
     prompts = training.spread_evenly(prompts, config.eval_samples)
     trajectory = mdp.rollout(pipe, prompts, config, "evaluate", policy=policy)
-    r = rewards.score(reward, trajectory.images, prompts)
-    return {"prompts": prompts, "images": trajectory.images, "reward": r}
+    images = trajectory.images
+    r = rewards.score(reward, images, prompts)
+    return {"prompts": prompts, "images": images, "reward": r}
 
 
 # ---- REINFORCE ------------------------------------------------------------------------------
@@ -259,7 +258,8 @@ def ratio_root(pipe, config):
 def train(config, policy=mdp.policy, advantages=advantages):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
     check(config, config.baseline == "leave_one_out")
-    T, clip_range = config.num_steps, config.clip_range
+    T = config.num_steps
+    clip_range = config.clip_range
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
     pipe = models.load_pipeline(config.model, config.device, config.dtype)

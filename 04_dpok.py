@@ -240,7 +240,8 @@ def evaluate(pipe, prompts, reward, gold, reference, config):
 def train(config, Baseline=Value):
     """draw → score → advantage → K × (log-probs → objective → step).  -> the run, its summary"""
     ddpo.check(config, needs_others=True)
-    T, clip_range = config.num_steps, config.clip_range
+    T = config.num_steps
+    clip_range = config.clip_range
     alpha, beta = config.alpha, config.beta
     all_prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)

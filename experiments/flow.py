@@ -17,29 +17,27 @@ Chapter 1's step (DDIM, η) is CPS's with τ = σ_t/c', exactly; Flow-GRPO's mea
 the same σ to first order in dt. So "what is the ratio of a flow model?" has chapter 1's answer: the
 same Gaussian log-probability, with another mean and another σ.
 
-WHERE CODE DIFFERS, each a flag: advantages are divided by the group's standard deviation (GRPO),
-the round's (global_std of flow_grpo/stat_tracking.py) or nothing (Dr. GRPO): --normalize. Noise in a
-window of steps, the ODE elsewhere (MixGRPO, whose window moves; here it begins with the first
-step): --noise-steps. Log-ratios as means over dimensions: --ratio per_dim. The last step is not
-trained: --no-train-last.
-TRAPS, each with a test. (1) g is infinite at s = 1; flow_grpo/diffusers_patch/sd3_sde_with_logprob.py
-takes the next s there, we refuse. (2) The last step leaves noise: σ = 0.07 with T = 10 equal steps
-and a = 0.7. So people train with the SDE and judge by the ODE; we print both. (3) The published KL
-(scripts/train_sd3.py) divides by g² without −dt, CPS's log-probability there is not divided by 2σ²,
-and both are means over dimensions. (4) Latents rounded to bfloat16 move the ratio from 1 before
-anything is learned. (5) dt is negative. (6) Constant a takes variance away: of 0.25 CPS leaves 0.14
-in 10 steps, and 0.18 in 400; the SDE leaves 0.23 and 0.25.
-
+WHERE CODE DIFFERS: advantages are divided by the deviation of the group (GRPO), of the round
+(global_std in flow_grpo/stat_tracking.py) or not at all (Dr. GRPO): --normalize. Noise in a window
+of steps and the ODE elsewhere (MixGRPO; its window moves, here it stays): --noise-steps. Log-ratios
+as means over dimensions: --ratio per_dim. The last step is left out: --no-train-last.
+TRAPS, each with a test. (1) g is infinite at s = 1: sd3_sde_with_logprob.py of flow_grpo takes the
+next s there, we refuse. (2) The last step leaves noise, σ = 0.07 with ten equal steps and a = 0.7:
+so people train with the SDE and judge by the ODE, and we print both. (3) The KL of flow_grpo's
+train_sd3.py lacks −dt, its CPS's log-probability 1/(2σ²), and both are means over dimensions.
+(4) Latents rounded to bfloat16 move the ratio from 1 before anything is learned. (5) dt is
+negative. (6) With constant a variance is lost: of 0.25 CPS leaves 0.14 in 10 equal steps and 0.18
+in 400, Flow-GRPO's step 0.23 and 0.25.
 RUN `python experiments/flow.py`: chapter 3's task with Flow-GRPO's step, TODO minutes on two cores.
 EXPECT TODO. TRY `--sampler cps`, `--sampler ddim --noise-steps 4`, `--normalize none`.
-DEPARTURES. Times are the schedule's, equal in t and not in s. Chapter 5 draws from such a run with
-chapter 1's step, as from any other; config.json says with which it was trained.
-EXERCISES. (1) Why do v and ε̂ of one x̃ differ by x̂_0, whatever the model? (2) Which σ has the last
-but one step of chapter 1 in flow time, and which has Flow-GRPO's? (3) --noise 0.1: what does the
-ratio's clip do then?
+DEPARTURES. Steps are equal in t, not in s. Chapter 5 draws from such a run with chapter 1's step;
+config.json says which it was trained with.
+EXERCISES. (1) Write each μ as (1−s')·x̂_0 + k·ε̂: what is k, and how far is k² + σ² from s'²?
+(2) What does --noise 0.1 do to the ratios? (3) Which flags make this chapter 3, but for the mean?
 """
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from math import pi, sin
 from pathlib import Path
@@ -132,9 +130,9 @@ def cps_step(x, v, s, s_prev, tau):
 def flow_kl(v_p, v_q, s, s_prev, g):
     """KL = (−dt)/2·(1/g + g(1−s)/(2s))²·‖v_p − v_q‖²  of the SDE's step, in nats.  -> (B,)"""
     dt = s_prev - s
-    weight = (1 / g + g * (1 - s) / (2 * s)).square()
-    distance = (v_p - v_q).square()
-    kl = -dt / 2 * weight * distance
+    reach = 1 / g + g * (1 - s) / (2 * s)
+    distance = (reach * (v_p - v_q)).square()
+    kl = -dt / 2 * distance
     return kl.sum((1, 2, 3))
 
 
@@ -142,11 +140,12 @@ def flow_kl(v_p, v_q, s, s_prev, g):
 
 
 def has_noise(scheduler, t, config):
-    """1 for the first --noise-steps steps, else 0; 1 for all where it is 0.   (N,) -> (N,)"""
-    if not config.noise_steps:
-        return torch.ones(len(t), dtype=torch.float64)
-    noisy = min(config.noise_steps, len(scheduler.timesteps))
-    last = scheduler.timesteps[noisy - 1].cpu()
+    """1 for the first --noise-steps steps, else 0; 1 for all where it is 0.   () or (N,) -> (N,)"""
+    t = t.cpu().reshape(-1)
+    last = t.min()
+    if config.noise_steps:
+        noisy = scheduler.timesteps[:config.noise_steps]
+        last = noisy.min().cpu()
     return (t >= last).double()
 
 
@@ -170,16 +169,16 @@ def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
         noise = cps_noise(s_prev, config.noise)
     else:
         noise = sigma_t / c_prev
-    noise = noise * has_noise(scheduler, t.cpu().reshape(-1), config)
+    noise = noise * has_noise(scheduler, t, config)
 
-    alpha_t = mdp.column(alpha_t, x_t)
-    s, s_prev = mdp.column(s, x_t), mdp.column(s_prev, x_t)
-    c, c_prev = mdp.column(c, x_t), mdp.column(c_prev, x_t)
-    noise = mdp.column(noise, x_t)
-    x_0, eps = mdp.x0_and_noise(scheduler, noise_pred, alpha_t, x_t)
+    column = partial(mdp.column, x=x_t)
+    s, c = column(s), column(c)
+    s_prev, c_prev = column(s_prev), column(c_prev)
+    x_0, eps = mdp.x0_and_noise(scheduler, noise_pred, column(alpha_t), x_t)
     v = velocity(x_0, eps)
+    x = x_t / c
     step = sde_step if config.sampler in ("sde", "constant") else cps_step
-    mean, std = step(x_t / c, v, s, s_prev, noise)
+    mean, std = step(x, v, s, s_prev, column(noise))
     return c_prev * mean, c_prev * std
 
 
@@ -201,21 +200,22 @@ def group_advantage(r, prompts, normalize):
     r = r.double()
     A = torch.empty_like(r)
     for i, prompt in enumerate(prompts):
-        group = r[[other == prompt for other in prompts]]
-        A[i] = r[i] - group.mean()
+        same = [other == prompt for other in prompts]
+        group = r[same]
+        scale = 1
         if normalize == "group":
-            A[i] = A[i] / ddpo.spread(group)
+            scale = ddpo.spread(group)
         elif normalize == "round":
-            A[i] = A[i] / ddpo.spread(r)
+            scale = ddpo.spread(r)
+        A[i] = (r[i] - group.mean()) / scale
     return A
 
 
 def advantages(r, prompts, history, config):
     """A of each step, cut to ± --advantage-clip, and 0 at steps not to be trained.  -> (B,T)"""
-    T = config.num_steps
     A = group_advantage(r, prompts, config.normalize)
     A = A.clamp(-config.advantage_clip, config.advantage_clip)
-    trained = torch.ones(T, dtype=torch.float64)
+    trained = torch.ones(config.num_steps)
     if config.noise_steps:
         trained[config.noise_steps:] = 0
     if not config.train_last:
@@ -228,9 +228,10 @@ def advantages(r, prompts, history, config):
 
 def rewards_by_ode(model, config):
     """Rewards of a run's evaluation noise when the ODE draws.  -> (eval_samples,)"""
-    pipe = models.load_pipeline(model, config.device, config.dtype)
+    prompts = get_prompts(config.prompts)
     reward = rewards.get_reward(config.reward, config)
-    seen = ddpo.evaluate(pipe, get_prompts(config.prompts), reward, config, ode_policy)
+    pipe = models.load_pipeline(model, config.device, config.dtype)
+    seen = ddpo.evaluate(pipe, prompts, reward, config, ode_policy)
     return seen["reward"]
 
 
@@ -239,10 +240,10 @@ def main(argv=None):
     ddpo.check(config, needs_others=True)
     run, summary = ddpo.train(config, policy, advantages)
     runs.report(run, summary)
-    before = training.mean_se(rewards_by_ode(config.model, config))
-    after = training.mean_se(rewards_by_ode(run.folder, config))
-    print("By the ODE, from the same noise: {:.3f} ± {:.3f} before, {:.3f} ± {:.3f} after".format(
-        *before, *after))
+    for model, when in ((config.model, "before"), (run.folder, "after")):
+        r = rewards_by_ode(model, config)
+        mean, error = training.mean_se(r)
+        print(f"By the ODE, from the same noise: {mean:.3f} ± {error:.3f} {when}")
     return run
 
 
