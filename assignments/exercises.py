@@ -120,7 +120,15 @@ EXERCISES = (
              "REINFORCE's, with K parts of the pictures, and a step after each part.",
              'training.permutation(B, seed, "minibatches", n).tensor_split(K) are the parts. Pairs '
              "with |A| ≤ 1e-9 are counted, and left out. Both log-probs are divided by ratio_root. "
+             "rollout and evaluate draw by the policy that is passed. "
              "run.note(kl_old=T·KL(old mean, mean), clip_fraction=|w − 1| > ε) of each batch."),
+    Exercise("3.10", "experiments.flow.flow_time", "a diffusion model in flow time", 2,
+             "Divide x_t = √ᾱ·x_0 + √(1−ᾱ)·ε by a number that makes its two shares add up to 1."),
+    Exercise("3.11", "experiments.flow.sde_step", "Flow-GRPO's step", 2,
+             "Get ε̂ from x̃ and v first; dt is negative, and a root needs what is not.",
+             "Everything may be a tensor of 0 dimensions. Where g is 0, so is the std."),
+    Exercise("3.12", "experiments.flow.flow_kl", "the KL of two flow models", 2,
+             "In the mean of 3.11 ε̂ moves with v, too: what multiplies v_p − v_q in all?"),
     Exercise("4.1", "04_dpok.dpok_objective", "DPOK's objective", 2,
              "Chapter 3's surrogate times α, less β times the KL."),
     Exercise("4.2", "04_dpok.step_means", "the means of the present policy", 2,

@@ -139,16 +139,6 @@ def flow_kl(v_p, v_q, s, s_prev, g):
 # ---- the policy: what chapter 3's loop is handed --------------------------------------------
 
 
-def has_noise(scheduler, t, config):
-    """1 for the first --noise-steps steps, else 0; 1 for all where it is 0.   () or (N,) -> (N,)"""
-    t = t.cpu().reshape(-1)
-    last = t.min()
-    if config.noise_steps:
-        noisy = scheduler.timesteps[:config.noise_steps]
-        last = noisy.min().cpu()
-    return (t >= last).double()
-
-
 def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
     """N(c'·μ, (c'·σ)²I): a flow step in chapter 1's coordinates, x = c·x̃.  -> mean, std
 
@@ -169,7 +159,9 @@ def policy(pipe, x_t, t, prompt_embeds, negative_embeds, config):
         noise = cps_noise(s_prev, config.noise)
     else:
         noise = sigma_t / c_prev
-    noise = noise * has_noise(scheduler, t, config)
+    if config.noise_steps:
+        noisy = scheduler.timesteps[:config.noise_steps]
+        noise = noise * (t >= noisy.min()).cpu()
 
     column = partial(mdp.column, x=x_t)
     s, c = column(s), column(c)

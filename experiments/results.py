@@ -17,13 +17,19 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from experiments import overoptimization, sweep, tables, tune  # noqa: E402
+from experiments import flow, overoptimization, sweep, tables, tune  # noqa: E402
 from support import commands, evaluation, flags, runs, training  # noqa: E402
 
 FRESH = ("--seeds", "5", "--seed", "10")  # seeds that no tuning and no pilot used
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
-FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
+SAMPLERS = {"chapter_3": "03_ddpo.py --rounds 60",
+            "chapter_3_plain": "03_ddpo.py --rounds 60 --step-weight none",
+            "sde": "experiments/flow.py",
+            "constant": "experiments/flow.py --sampler constant",
+            "cps": "experiments/flow.py --sampler cps",
+            "cps_not_last": "experiments/flow.py --sampler cps --no-train-last"}
+FIGURES = {"flow/sde_seed0/before_after": "flow", "sweep": "dpok_sweep", "frontier/frontier": "frontier",
            "overoptimization": "overoptimization_writing",
            "overoptimization_curves": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
@@ -45,6 +51,28 @@ def chapter(out, name, script):
     wanted = {run: [script, "--seed", str(seed)] for seed, run in seeds.items()}
     commands.train_missing(wanted, out)
     return [{"seed": seed} | tables.gains_of(out / run) for seed, run in seeds.items()]
+
+
+def samplers(out):
+    """Chapter 3 and flow steps over three seeds: drawn as they were trained, and by the ODE."""
+    seeds = (0, 1, 2)
+    wanted = {f"{name}_seed{seed}": [*words.split(), "--seed", str(seed)]
+              for name, words in SAMPLERS.items() for seed in seeds}
+    commands.train_missing(wanted, out, jobs=2)
+    rows = []
+    for name, words in SAMPLERS.items():
+        columns = {}
+        for seed in seeds:
+            folder, config = out / f"{name}_seed{seed}", flow.Config(seed=seed)
+            own = tables.summary_of(folder)["reward"]
+            before, after = (flow.rewards_by_ode(model, config).mean().item()
+                             for model in (config.model, folder))
+            for column, value in (("before", own["before"]), ("after", own["after"]), (
+                    "gain", own["gain"]), ("ODE before", before), ("ODE after", after)):
+                columns.setdefault(column, []).append(value)
+        rows.append({"command": words} | {column: evaluation.cell(*training.mean_se(values))
+                                          for column, values in columns.items()})
+    return rows
 
 
 def start(file, *command):
@@ -145,6 +173,7 @@ TABLES = {  # CSV file -> a function of the folder of all runs, which gives its 
     "ddpo_defaults": lambda out: chapter(out, "ddpo_defaults", "03_ddpo.py"),
     "dpok_defaults": lambda out: chapter(out, "dpok_defaults", "04_dpok.py"),
     "dpok_sweep": lambda out: sweep.main(["--out", str(out)]),
+    "flow": lambda out: samplers(out / "flow"),
     "variance": variance,
     "eval_quick": lambda out: start(out / "eval_quick" / "table.csv", "05_eval.py", "--quick"),
     "tuning": lambda out: tune.main(["--out", str(out / "tuning")]),

@@ -156,7 +156,7 @@ def means_and_log_probs(pipe, trajectory, eta=1.0, scale=1.0):
 
 
 @torch.no_grad()
-def draw(pipe, B, generator, eta=1.0, scale=1.0, prompts=True):
+def draw(pipe, B, generator, eta=1.0, scale=1.0, prompts=True, policy=None):
     """A trajectory in float64, each picture with its own prompt embedding (0 without prompts)."""
     def noise(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -168,7 +168,7 @@ def draw(pipe, B, generator, eta=1.0, scale=1.0, prompts=True):
         x.append(mean + sigma * noise(B, *SHAPE))
     mdp = import_module("01_mdp")
     trajectory = mdp.Trajectory(
-        policy=mdp.policy, prompts=["p"] * B, prompt_embeds=c, negative_embeds=empty,
+        policy=policy or mdp.policy, prompts=["p"] * B, prompt_embeds=c, negative_embeds=empty,
         timesteps=pipe.scheduler.timesteps, latents=torch.stack(x, 1), means=None, log_probs=None,
         images=list(x[-1]))  # each picture is its latent
     trajectory.means, trajectory.log_probs = means_and_log_probs(pipe, trajectory, eta, scale)
@@ -213,10 +213,11 @@ def rehearse(loop, config, monkeypatch, *more):
         sgd.register_step_pre_hook(lambda *_: steps.append([p.grad.clone() for p in params]))
         return sgd
 
-    def rollout(pipe, prompts, config, purpose, n=0):
+    def rollout(pipe, prompts, config, purpose, n=0, policy=None):
         assert purpose == "train"
         generator = torch.Generator().manual_seed(n)
-        return draw(pipe, len(prompts), generator, config.eta, config.guidance_scale)
+        return draw(pipe, len(prompts), generator, config.eta, config.guidance_scale,
+                    policy=policy)
 
     def score(reward, images, prompts, folder=None):
         return reward(SimpleNamespace(latents=torch.stack(images)[:, None]))

@@ -1,0 +1,129 @@
+"""Rewards to pick up: what people train on today, each a function for --reward FILE.py:NAME.
+
+    pickscore         exp(logit_scale)·cos(picture, prompt) of PickScore's CLIP-H   (Kirstain, 2023)
+    clip_score        the same of any CLIP; here tiny_sd's, which knows the shape world
+    jpeg_and_clip     a mix of two: clip_score, less something for every kilobyte
+    vqa_score         P("yes") / (P("yes") + P("no")) of a LLaVA that is asked whether the figure
+                      shows the prompt                                              (Lin, 2024)
+    rating_from_http  what a server of your own says
+
+RUN `python 03_ddpo.py --reward experiments/more_rewards.py:clip_score`, or look first: `python
+02_rewards.py --rewards experiments/more_rewards.py:clip_score,alignment`. EXPECT the tiny CLIP to
+agree with alignment in part only (rank correlation 0.37). TRY a sum of two: `--reward
+alignment=1,experiments/more_rewards.py:clip_score=0.1`. The constants below say which models, and
+environment variables of their names win: `CLIP_SCORE=openai/clip-vit-large-patch14 python ...`.
+"""
+import base64
+import io
+import json
+import os
+import sys
+import urllib.request
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import models, scoring  # noqa: E402
+from support import reward_models as nets  # noqa: E402
+
+rewards = import_module("02_rewards")  # compressibility
+
+PICKSCORE = os.environ.get("PICKSCORE", "yuvalkirstain/PickScore_v1")
+CLIP_SCORE = os.environ.get("CLIP_SCORE", "tiny_sd/clip")
+VQA_SCORE = os.environ.get("VQA_SCORE", "llava-hf/llava-1.5-7b-hf")
+REWARD_URL = os.environ.get("REWARD_URL", "http://127.0.0.1:8000/")
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
+TIMEOUT, TRIES = 60, 3  # seconds; how often a server is asked
+in_batches = partial(scoring.in_batches, name="batch", batch_size=32)
+
+
+@cache
+def load_clip(name, variable):
+    """A CLIPModel and its tokenizer, which for tiny_sd's CLIP is the pipeline's."""
+    wanted = "a CLIP such as openai/clip-vit-large-patch14, with its tokenizer"
+    clip = nets.from_hub(transformers.CLIPModel, name, variable, wanted, dtype=torch.float32,
+                         use_safetensors=True, output_loading_info=True)
+    words = "tiny_sd/tokenizer" if name == "tiny_sd/clip" else name
+    tokenizer = nets.from_hub(transformers.CLIPTokenizer, words, variable, wanted)
+    return clip.to(models.pick_device()).eval(), tokenizer
+
+
+def clip_logits(images, prompts, name, variable):
+    """r = exp(logit_scale)·cos(f(picture), g(prompt)), each picture with its own prompt."""
+    clip, tokenizer = load_clip(name, variable)
+    pixels = nets.clip_pixels(images, clip.config.vision_config.image_size, clip.device)
+    length = clip.config.text_config.max_position_embeddings
+    text = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length,
+                     return_tensors="pt").to(clip.device)
+    logits = clip(pixel_values=pixels, **text).logits_per_image  # (B,B): each with each
+    return logits.diagonal().tolist()
+
+
+@in_batches
+def pickscore(images, prompts):
+    return clip_logits(images, prompts, PICKSCORE, "PICKSCORE")
+
+
+@in_batches
+def clip_score(images, prompts):
+    return clip_logits(images, prompts, CLIP_SCORE, "CLIP_SCORE")
+
+
+def jpeg_and_clip(images, prompts, per_kilobyte=0.5):
+    """r = clip_score − per_kilobyte·kB: a weight says what a unit of one is worth in the other."""
+    both = zip(clip_score(images, prompts), rewards.compressibility(images, prompts))
+    return [score + per_kilobyte * minus_kB for score, minus_kB in both]
+
+
+@cache
+def load_llava(name):
+    """A LLaVA, and the tokens with which an answer of yes, or of no, begins."""
+    llava = nets.Llava(name, models.pick_device())
+    tokenizer, tokens = llava.processor.tokenizer, []
+    for words in (["yes", "Yes"], ["no", "No"]):
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        first = {of_word[0] for of_word in ids} - {tokenizer.unk_token_id}
+        if not first:
+            raise ValueError(f"VQA_SCORE {name}: its tokenizer does not know {words[0]!r}")
+        tokens.append(sorted(first))
+    return llava, tokens
+
+
+@in_batches
+def vqa_score(images, prompts):
+    """r = P("yes") / (P("yes") + P("no")) of the answer's first token."""
+    llava, (yes, no) = load_llava(VQA_SCORE)
+    chats = [llava.chat(QUESTION.format(prompt)) for prompt in prompts]
+    inputs = llava.processor(images=images, text=chats, padding=True, return_tensors="pt")
+    inputs = inputs.to(llava.model.device, llava.model.dtype)
+    last = llava.model(**inputs).logits[:, -1].float()  # padding stands on the left
+    log_odds = last[:, yes].logsumexp(-1) - last[:, no].logsumexp(-1)
+    return log_odds.sigmoid().tolist()
+
+
+@in_batches
+def rating_from_http(images, prompts):
+    """Posts {"images": [PNG in base64, ...], "prompts": [...]}; the answer is {"scores": [...]}."""
+    pngs = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        pngs.append(base64.b64encode(file.getvalue()).decode())
+    body = json.dumps({"images": pngs, "prompts": list(prompts)}).encode()
+    request = urllib.request.Request(REWARD_URL, body, {"Content-Type": "application/json"})
+    for left in reversed(range(TRIES)):
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                scores = [float(score) for score in json.load(answer)["scores"]]
+            break
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not left:
+                raise ValueError(f"REWARD_URL {REWARD_URL}: no scores in {TRIES} tries "
+                                 f"({type(error).__name__}: {error})") from error
+    if len(scores) != len(images):
+        raise ValueError(f"REWARD_URL {REWARD_URL}: {len(scores)} scores for {len(images)} pictures")
+    return scores

@@ -1,0 +1,286 @@
+"""Flow-matching steps against plain floats, Gaussian data, torch.distributions and chapter 1."""
+import math
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from experiments import flow
+from support import runs
+from tests.equations import closed_forms as chain
+from tests.equations.closed_forms import LOOP, double, randn, stable_scheduler
+
+mdp, ddpo = import_module("01_mdp"), import_module("03_ddpo")
+equation = pytest.mark.equation
+SAMPLERS = ("sde", "constant", "cps", "ddim")
+
+
+class Linear:
+    """A UNet whose prediction is linear in x, with another slope at each t."""
+    dtype = torch.float64
+
+    def __call__(self, x, t, encoder_hidden_states):
+        slope = 0.4 + t.double() / 2000
+        c = encoder_hidden_states.mean((1, 2))
+        return SimpleNamespace(sample=slope.view(-1, 1, 1, 1) * x + c.view(-1, 1, 1, 1))
+
+
+def step_of(config, policy=flow.policy, prediction="epsilon", x=randn(5, 2, 3, 3), T=5):
+    """Mean and std of a policy at all T steps at once: picture k is at step k."""
+    scheduler = stable_scheduler(T, prediction_type=prediction)
+    pipe = SimpleNamespace(scheduler=scheduler, unet=Linear())
+    c = randn(T, 4, 6, seed=1)
+    return policy(pipe, x, scheduler.timesteps, c, c[:1], config)
+
+
+def flow_times(T=5):
+    """s and s' of each step, and c' = √ᾱ' + √(1−ᾱ'), in plain floats."""
+    scheduler, rows = stable_scheduler(T), []
+    for t in scheduler.timesteps.tolist():
+        a, b = (scheduler.alphas_cumprod[max(k, 0)].item() for k in (t, t - 1000 // T))
+        c, c_prev = a**0.5 + (1 - a) ** 0.5, b**0.5 + (1 - b) ** 0.5
+        rows.append(((1 - a) ** 0.5 / c, (1 - b) ** 0.5 / c_prev, c_prev))
+    return double(rows).T
+
+
+# ---- change of variables --------------------------------------------------------------------
+
+
+@equation("change of variables", "experiments.flow.flow_time")
+@equation("velocity", "experiments.flow.velocity")
+@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction", "sample"))
+def test_a_model_of_any_prediction_is_a_flow_matching_model(prediction):
+    scheduler = stable_scheduler(prediction_type=prediction)
+    alpha = scheduler.alphas_cumprod.double()[[1, 400, 901]].view(-1, 1, 1, 1)
+    x_0, eps = randn(3, 2, 3, 3), randn(3, 2, 3, 3, seed=1)
+    x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * eps
+    says = {"epsilon": eps, "sample": x_0,
+            "v_prediction": alpha.sqrt() * eps - (1 - alpha).sqrt() * x_0}[prediction]
+    s, c = flow.flow_time(alpha)
+    x = x_t / c
+    v = flow.velocity(*mdp.x0_and_noise(scheduler, says, alpha, x_t))
+    for found, want in ((x, (1 - s) * x_0 + s * eps), (v, eps - x_0), (x - s * v, x_0),
+                        (x + (1 - s) * v, eps)):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    assert (0 < s).all() and (s < 1).all() and s[0] < s[1] < s[2]
+
+
+# ---- the steps ------------------------------------------------------------------------------
+
+
+def spread_of_gaussian_data(step, T, variance=0.25):
+    """Variance after T equal steps with the best velocity for data N(0, variance)."""
+    times = torch.linspace(1, 0, T + 1, dtype=torch.float64)
+    total = 1.0
+    for s, s_prev in zip(times, times[1:]):
+        marginal = (1 - s) ** 2 * variance + s**2
+        v = (s - (1 - s) * variance) / marginal  # E[ε − x_0 | x̃ = 1]
+        mean, std = step(double(1.0), v, s, s_prev, min(s, times[1]))
+        total = mean**2 * total + std**2
+    return total.item()
+
+
+@equation("the SDE's step", "experiments.flow.sde_step")
+@equation("Flow-GRPO's noise", "experiments.flow.flow_grpo_noise")
+@equation("CPS's step", "experiments.flow.cps_step")
+@equation("CPS's noise", "experiments.flow.cps_noise")
+def test_on_gaussian_data_the_sde_keeps_the_variance_as_steps_grow_and_cps_loses_it():
+    """0.25 is right. Flow-GRPO takes g at the next s where s = 1. Without noise: the ODE."""
+    def ode(x, v, s, s_prev, _):
+        return flow.sde_step(x, v, s, s_prev, double(0.0))
+
+    def sde(x, v, s, s_prev, below_one):
+        return flow.sde_step(x, v, s, s_prev, flow.flow_grpo_noise(below_one, 0.7))
+
+    def constant(x, v, s, s_prev, _):
+        return flow.sde_step(x, v, s, s_prev, double(0.7))
+
+    def cps(x, v, s, s_prev, _):
+        return flow.cps_step(x, v, s, s_prev, flow.cps_noise(s_prev, 0.7))
+
+    found = {step.__name__: [round(spread_of_gaussian_data(step, T), 3) for T in (10, 400)]
+             for step in (ode, sde, constant, cps)}
+    assert found == {"ode": [0.186, 0.248], "sde": [0.230, 0.251], "constant": [0.225, 0.249],
+                     "cps": [0.137, 0.179]}
+    for step in (ode, sde, constant):
+        assert spread_of_gaussian_data(step, 10000) == pytest.approx(0.25, abs=5e-4)
+
+
+@equation("the SDE's step", "experiments.flow.sde_step")
+@equation("Flow-GRPO's noise", "experiments.flow.flow_grpo_noise")
+def test_the_sdes_step_by_hand():
+    """x̃ = 2, v = 3 at s = 0.8, to 0.5, g = 1.5: ε̂ = 2.6, and dt is negative."""
+    numbers = map(double, (2.0, 3.0, 0.8, 0.5, 1.5))
+    mean, std = flow.sde_step(*numbers)
+    assert mean.item() == pytest.approx(2 - 0.3 * (3 + 2.25 / 1.6 * 2.6))
+    assert std.item() == pytest.approx(1.5 * math.sqrt(0.3))
+    assert flow.flow_grpo_noise(double([0.8]), 0.7).item() == pytest.approx(0.7 * 2)
+    _, std = flow.sde_step(*map(double, (2.0, 3.0, 0.1, 0.0, 0.7 / 3)))
+    assert std.item() == pytest.approx(0.0738, abs=1e-4)  # what the last step leaves
+    with pytest.raises(ValueError, match="infinite"):
+        flow.flow_grpo_noise(double([0.5, 1.0]), 0.7)
+
+
+@equation("CPS's step", "experiments.flow.cps_step")
+@equation("CPS's noise", "experiments.flow.cps_noise")
+def test_cps_keeps_the_noise_that_is_due_and_flow_grpo_agrees_to_first_order():
+    x, v, s = double(2.0), double(3.0), double(0.8)
+    tau = flow.cps_noise(double(0.5), 1 / 3)
+    assert tau.item() == pytest.approx(0.25)
+    mean, std = flow.cps_step(x, v, s, double(0.5), tau)
+    assert mean.item() == pytest.approx(0.5 * -0.4 + math.sqrt(0.25 - 0.0625) * 2.6) and std == tau
+    apart = []
+    for dt in (1e-3, 1e-4):
+        sde, std = flow.sde_step(x, v, s, s - dt, double(1.4))
+        cps, _ = flow.cps_step(x, v, s, s - dt, std)
+        apart.append(abs(sde - cps).item())
+    assert apart[1] < 0.012 * apart[0] < 1e-5  # dt²
+
+
+@equation("KL of flow models", "experiments.flow.flow_kl")
+def test_kl_is_that_of_two_gaussians_and_has_dt():
+    x, v_p, v_q = (randn(4, 2, 3, 3, seed=seed) for seed in range(3))
+    s, s_prev, g = (double(numbers).view(-1, 1, 1, 1) for numbers in (
+        (0.9, 0.6, 0.3, 0.2), (0.8, 0.3, 0.1, 0.0), (2.1, 0.7, 0.5, 0.1)))
+    (p, std), (q, _) = (flow.sde_step(x, v, s, s_prev, g) for v in (v_p, v_q))
+    want = kl_divergence(Normal(p, std), Normal(q, std)).sum((1, 2, 3))
+    torch.testing.assert_close(flow.flow_kl(v_p, v_q, s, s_prev, g), want)
+    torch.testing.assert_close(mdp.kl_divergence(p, q, std), want)
+
+
+# ---- the policy -----------------------------------------------------------------------------
+
+
+@equation("flow policy", "experiments.flow.policy")
+@pytest.mark.parametrize("eta, scale", ((1.0, 1.0), (0.4, 3.0)))
+@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction", "sample"))
+def test_chapter_1s_step_is_cps_with_its_own_tau(prediction, eta, scale):
+    config = flow.Config(sampler="ddim", eta=eta, guidance_scale=scale)
+    for found, want in zip(step_of(config, prediction=prediction),
+                           step_of(config, mdp.policy, prediction)):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+@equation("flow policy", "experiments.flow.policy")
+@pytest.mark.parametrize("sampler", SAMPLERS[:3])
+def test_a_flow_step_in_chapter_1s_coordinates(sampler):
+    """Mean and deviation times c', and so log p less D·log c'; each picture at its own step."""
+    x_t = randn(5, 2, 3, 3)
+    mean, std = step_of(flow.Config(sampler=sampler, noise=0.6), x=x_t)
+    eps, _ = step_of(flow.Config(), lambda pipe, x, t, c, *_: (pipe.unet(x, t, c).sample, None))
+    s, s_prev, c_prev = (values.view(-1, 1, 1, 1) for values in flow_times())
+    alpha = stable_scheduler(5).alphas_cumprod.double()[[801, 601, 401, 201, 1]].view(-1, 1, 1, 1)
+    x_0 = (x_t - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    x, dt = (1 - s) * x_0 + s * eps, s_prev - s
+    if sampler == "cps":
+        tau = s_prev * math.sin(0.3 * math.pi)
+        mu = (1 - s_prev) * x_0 + (s_prev**2 - tau**2).sqrt() * eps
+    else:
+        g = 0.6 * (s / (1 - s)).sqrt() if sampler == "sde" else 0.6
+        mu = x * (1 + g**2 * dt / (2 * s)) + (eps - x_0) * (1 + g**2 * (1 - s) / (2 * s)) * dt
+        tau = g * (-dt).sqrt()
+    torch.testing.assert_close(mean, c_prev * mu, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(std, c_prev * tau, rtol=1e-9, atol=0)
+    action = randn(5, 2, 3, 3, seed=2)
+    of_flow = Normal(mu, tau).log_prob(action / c_prev).sum((1, 2, 3))
+    want = of_flow - 18 * c_prev.flatten().log()
+    torch.testing.assert_close(mdp.log_prob(action, mean, std), want, rtol=1e-8, atol=1e-6)
+
+
+@equation("flow policy", "experiments.flow.policy")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_window_has_noise_and_the_rest_is_the_ode(sampler):
+    config = flow.Config(sampler=sampler, noise_steps=2)
+    mean, std = step_of(config)
+    everywhere, full = step_of(replace(config, noise_steps=0))
+    ode, none = step_of(config, flow.ode_policy)
+    assert (none == 0).all() and (std[2:] == 0).all() and torch.equal(std[:2], full[:2])
+    assert (full > 0).all() and torch.equal(mean[:2], everywhere[:2])
+    torch.testing.assert_close(mean[2:], ode[2:])
+    s, s_prev, c_prev = (values.view(-1, 1, 1, 1) for values in flow_times())
+    cold, _ = step_of(config, lambda pipe, *rest: mdp.step_mean_std(
+        pipe.scheduler, pipe.unet(*rest[:3]).sample, rest[1], rest[0], eta=0.0))
+    torch.testing.assert_close(ode, cold)  # DDIM without noise
+    one_at_a_time, _ = step_of(config, lambda pipe, x, t, c, *rest: (torch.cat([
+        flow.policy(pipe, x[[k]], t[k], c[[k]], *rest)[0] for k in range(5)]), None))
+    torch.testing.assert_close(one_at_a_time, mean)
+
+
+def test_latents_in_bfloat16_make_the_ratio_smaller_than_1():
+    """Of a last step with σ = 0.01; what the chapters store is float32, and scored as stored."""
+    mean, std = randn(64, 4, 8, 8), double(0.01)
+    action = mean + std * randn(64, 4, 8, 8, seed=1)
+    change = mdp.log_prob(action.bfloat16().double(), mean, std) - mdp.log_prob(action, mean, std)
+    assert change.mean() < -0.5 and change.mean() < -4 * change.std() / 8
+    change = mdp.log_prob(action.float().double(), mean, std) - mdp.log_prob(action, mean, std)
+    assert change.abs().max() < 1e-3
+
+
+# ---- advantages, and the loop ---------------------------------------------------------------
+
+
+@equation("GRPO's advantage", "experiments.flow.group_advantage")
+@pytest.mark.parametrize("normalize, scales", (
+    ("group", (math.sqrt(14 / 3), 4.0)), ("round", [math.sqrt(28.64)] * 2), ("none", (1.0, 1.0))))
+def test_group_advantages_by_hand(normalize, scales):
+    """Rewards 1, 2 and 6 of "a", 8 and 16 of "b": means 3 and 12; all five: 6.6."""
+    r, prompts = torch.tensor([1, 8, 2, 6, 16]), ["a", "b", "a", "a", "b"]
+    A = flow.group_advantage(r, prompts, normalize)
+    a, b = scales
+    want = [-2 / a, -4 / b, -1 / a, 3 / a, 4 / b]
+    assert A.dtype == torch.float64 and A.tolist() == pytest.approx(want, rel=1e-12)
+    assert flow.group_advantage(torch.full((4,), 0.1), ["a"] * 4, normalize).abs().max() < 1e-12
+
+
+def test_steps_without_noise_and_a_last_step_left_out_get_no_advantage():
+    r, config = double([0.0, 0.0, 0.0, 9.0]), flow.Config(num_steps=5, advantage_clip=1.5)
+    cut = flow.group_advantage(r, ["a"] * 4, "group").clamp(max=1.5)
+    for flags, kept in (({}, [1, 1, 1, 1, 1]), ({"train_last": False}, [1, 1, 1, 1, 0]),
+                        ({"noise_steps": 2}, [1, 1, 0, 0, 0])):
+        A = flow.advantages(r, ["a"] * 4, {}, replace(config, **flags))
+        torch.testing.assert_close(A, cut[:, None] * double(kept))
+
+
+@equation("DDPO_IS", "03_ddpo.train")
+@pytest.mark.parametrize("guidance_scale", (1.0, 3.0))
+def test_with_chapter_1s_step_the_loop_is_chapter_3s_but_for_the_mean(guidance_scale, monkeypatch):
+    """GRPO's mean has the picture's own reward in it: all gradients are 4/5 of chapter 3's."""
+    settings = LOOP | dict(guidance_scale=guidance_scale, step_weight="none", learning_rate=0.0,
+                           max_grad_norm=math.inf, advantage_clip=math.inf)
+    config = flow.Config(**settings, sampler="ddim", normalize="round")
+    with monkeypatch.context() as patch:
+        plain, _ = chain.rehearse(ddpo.train, ddpo.Config(**settings), patch)
+
+    def policy(*words):
+        called.append(words)
+        return flow.policy(*words)
+
+    called = []
+    same, _ = chain.rehearse(ddpo.train, config, monkeypatch, policy, flow.advantages)
+    assert called and len(plain) == len(same) == 6
+    for gradients, found in zip(plain, same):
+        for a, b in zip(gradients, found):
+            torch.testing.assert_close(b, 0.8 * a, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loop_draws_looks_and_learns_by_the_policy_that_it_is_handed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Run, "draw", lambda *_: None)
+    known = []
+
+    def policy(pipe, x_t, t, *rest):
+        mean, std = flow.policy(pipe, x_t, t, *rest)
+        known.append((torch.is_grad_enabled(), len(x_t)))
+        return mean, std
+
+    config = flow.Config(
+        num_steps=3, rounds=1, prompts="bias", prompts_per_round=1, samples_per_prompt=4,
+        reward="compressibility", eval_samples=2, film_pictures=2, device="cpu", seed=3,
+        noise_steps=1, updates_per_round=1, out=str(tmp_path))
+    run, summary = ddpo.train(config, policy, flow.advantages)
+    assert [number for learns, number in known if not learns] == [2] * 3 + [4] * 3 + [2] * 3
+    learned, = [number for learns, number in known if learns]
+    assert learned == 4  # the step with noise alone
+    assert math.isfinite(summary["reward"]["after"]) and 0 < run.rows[0]["grad_norm"] < math.inf
