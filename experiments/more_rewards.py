@@ -3,8 +3,7 @@
     pickscore         exp(logit_scale)·cos(picture, prompt) of PickScore's CLIP-H   (Kirstain, 2023)
     clip_score        the same of any CLIP; here tiny_sd's, which knows the shape world
     jpeg_and_clip     a mix of two: clip_score, less something for every kilobyte
-    vqa_score         P("yes") / (P("yes") + P("no")) of a LLaVA that is asked whether the figure
-                      shows the prompt                                              (Lin, 2024)
+    vqa_score         P("yes") / (P("yes") + P("no")) of a LLaVA: is it the prompt?  (Lin, 2024)
     rating_from_http  what a server of your own says
 
 RUN `python 03_ddpo.py --reward experiments/more_rewards.py:clip_score`, or look first: `python
@@ -56,9 +55,8 @@ def clip_logits(images, prompts, name, variable):
     """r = exp(logit_scale)·cos(f(picture), g(prompt)), each picture with its own prompt."""
     clip, tokenizer = load_clip(name, variable)
     pixels = nets.clip_pixels(images, clip.config.vision_config.image_size, clip.device)
-    length = clip.config.text_config.max_position_embeddings
-    text = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length,
-                     return_tensors="pt").to(clip.device)
+    text = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt",
+                     max_length=clip.config.text_config.max_position_embeddings).to(clip.device)
     logits = clip(pixel_values=pixels, **text).logits_per_image  # (B,B): each with each
     return logits.diagonal().tolist()
 
@@ -125,5 +123,5 @@ def rating_from_http(images, prompts):
                 raise ValueError(f"REWARD_URL {REWARD_URL}: no scores in {TRIES} tries "
                                  f"({type(error).__name__}: {error})") from error
     if len(scores) != len(images):
-        raise ValueError(f"REWARD_URL {REWARD_URL}: {len(scores)} scores for {len(images)} pictures")
+        raise ValueError(f"REWARD_URL {REWARD_URL}: {len(scores)} scores, {len(images)} pictures")
     return scores

@@ -67,8 +67,8 @@ def samplers(out):
             own = tables.summary_of(folder)["reward"]
             before, after = (flow.rewards_by_ode(model, config).mean().item()
                              for model in (config.model, folder))
-            for column, value in (("before", own["before"]), ("after", own["after"]), (
-                    "gain", own["gain"]), ("ODE before", before), ("ODE after", after)):
+            found = {name: own[name] for name in ("before", "after", "gain")}
+            for column, value in (found | {"ODE before": before, "ODE after": after}).items():
                 columns.setdefault(column, []).append(value)
         rows.append({"command": words} | {column: evaluation.cell(*training.mean_se(values))
                                           for column, values in columns.items()})

@@ -209,6 +209,27 @@ def test_a_window_has_noise_and_the_rest_is_the_ode(sampler):
     torch.testing.assert_close(one_at_a_time, mean)
 
 
+@pytest.mark.parametrize("sampler, most, at", (
+    ("ddim", 8.32, 8), ("sde", 1.90, 8), ("constant", 3.28, 0), ("cps", 8.89, 8)))
+def test_which_step_dominates(sampler, most, at):
+    """By how many σ a mean moves with ε, of ten steps: chapter 1's κ/σ. Flow-GRPO's are alike."""
+    scheduler, config = stable_scheduler(), flow.Config(sampler=sampler)
+    means = []
+    for eps in (0.0, 1.0):
+        def unet(x, t, encoder_hidden_states):
+            return SimpleNamespace(sample=torch.full_like(x, eps))
+
+        unet.dtype = torch.float64
+        pipe, c = SimpleNamespace(scheduler=scheduler, unet=unet), torch.zeros(10, 1, 1)
+        x = double([0.0] * 10).view(-1, 1, 1, 1)
+        mean, std = flow.policy(pipe, x, scheduler.timesteps, c, None, config)
+        means.append(mean)
+    moves = ((means[1] - means[0]).abs() / std).flatten()
+    assert moves.max().item() == pytest.approx(most, abs=0.01) and moves.argmax() == at
+    if sampler == "ddim":
+        torch.testing.assert_close(moves, mdp.noise_weight(scheduler, scheduler.timesteps))
+
+
 def test_latents_in_bfloat16_make_the_ratio_smaller_than_1():
     """Of a last step with σ = 0.01; what the chapters store is float32, and scored as stored."""
     mean, std = randn(64, 4, 8, 8), double(0.01)

@@ -121,7 +121,7 @@ def test_a_server_gets_pictures_and_prompts_and_is_asked_again(server):
 
 
 @pytest.mark.parametrize("texts, told", (
-    (['{"scores": [1]}'], "1 scores for 2 pictures"), (["no JSON"] * 3, "no scores in 3 tries"),
+    (['{"scores": [1]}'], "1 scores, 2 pictures"), (["no JSON"] * 3, "no scores in 3 tries"),
     (['{"marks": [1, 2]}'] * 3, "no scores in 3 tries"), (["[1, 2]"] * 3, "no scores in 3 tries")))
 def test_a_server_that_gives_no_scores_is_named(texts, told, server):
     answers, posted = server
