@@ -190,7 +190,7 @@ experiments.flow.sde_step
     v + _a => v - _a  # what is drawn away as noise comes back with a plus
     2 * s => 2  # ε̂ is divided by 2s
     (-dt).sqrt() => -dt  # σ = g·√(−dt)
-    return _a, std => return _a, g * torch.ones_like(std)  # the published KL divides by this: no −dt
+    return _a, std => return _a, g * torch.ones_like(std)  # this is published: no −dt
 experiments.flow.flow_kl
     -dt / 2 * _a => 1 / 2 * _a  # −dt is missing, as in published code
     1 / g + _a => 1 / g  # ε̂ moves with v, too

@@ -1,22 +1,23 @@
-"""Rewards to pick up: what people train on today, each a function for --reward FILE.py:NAME.
+"""Rewards ready to use: each a function for --reward FILE.py:NAME.
 
     pickscore         exp(logit_scale)·cos(picture, prompt) of PickScore's CLIP-H   (Kirstain, 2023)
-    clip_score        the same of any CLIP; here tiny_sd's, which knows the shape world
+    clip_score        the same of any CLIP, here tiny_sd's (not CLIPScore's 2.5·max(cos, 0))
     jpeg_and_clip     a mix of two: clip_score, less something for every kilobyte
-    vqa_score         P("yes") / (P("yes") + P("no")) of a LLaVA: is it the prompt?  (Lin, 2024)
+    vqa_score         P("yes") / (P("yes") + P("no")) of a LLaVA: is it this? (after Lin, 2024)
     rating_from_http  what a server of your own says
 
 RUN `python 03_ddpo.py --reward experiments/more_rewards.py:clip_score`, or look first: `python
 02_rewards.py --rewards experiments/more_rewards.py:clip_score,alignment`. EXPECT the tiny CLIP to
 agree with alignment in part only (rank correlation 0.37). TRY a sum of two: `--reward
-alignment=1,experiments/more_rewards.py:clip_score=0.1`. The constants below say which models, and
-environment variables of their names win: `CLIP_SCORE=openai/clip-vit-large-patch14 python ...`.
+alignment=1,experiments/more_rewards.py:clip_score=0.1`. Environment variables say which models and
+which server, if not those below: `CLIP_SCORE=openai/clip-vit-large-patch14 python ...`.
 """
 import base64
 import io
 import json
 import os
 import sys
+import time
 import urllib.request
 from functools import cache, partial
 from importlib import import_module
@@ -36,7 +37,7 @@ CLIP_SCORE = os.environ.get("CLIP_SCORE", "tiny_sd/clip")
 VQA_SCORE = os.environ.get("VQA_SCORE", "llava-hf/llava-1.5-7b-hf")
 REWARD_URL = os.environ.get("REWARD_URL", "http://127.0.0.1:8000/")
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
-TIMEOUT, TRIES = 60, 3  # seconds; how often a server is asked
+TIMEOUT, TRIES, PAUSE = 60, 3, 1  # seconds for an answer, how many times, seconds between
 in_batches = partial(scoring.in_batches, name="batch", batch_size=32)
 
 
@@ -46,8 +47,9 @@ def load_clip(name, variable):
     wanted = "a CLIP such as openai/clip-vit-large-patch14, with its tokenizer"
     clip = nets.from_hub(transformers.CLIPModel, name, variable, wanted, dtype=torch.float32,
                          use_safetensors=True, output_loading_info=True)
-    words = "tiny_sd/tokenizer" if name == "tiny_sd/clip" else name
-    tokenizer = nets.from_hub(transformers.CLIPTokenizer, words, variable, wanted)
+    tiny = models.find(name) == models.find("tiny_sd/clip")
+    tokenizer = nets.from_hub(transformers.CLIPTokenizer, "tiny_sd/tokenizer" if tiny else name,
+                              variable, wanted)
     return clip.to(models.pick_device()).eval(), tokenizer
 
 
@@ -80,11 +82,11 @@ def jpeg_and_clip(images, prompts, per_kilobyte=0.5):
 @cache
 def load_llava(name):
     """A LLaVA, and the tokens with which an answer of yes, or of no, begins."""
-    llava = nets.Llava(name, models.pick_device())
+    llava = nets.Llava(name, models.pick_device(), "VQA_SCORE")
     tokenizer, tokens = llava.processor.tokenizer, []
     for words in (["yes", "Yes"], ["no", "No"]):
-        ids = tokenizer(words, add_special_tokens=False).input_ids
-        first = {of_word[0] for of_word in ids} - {tokenizer.unk_token_id}
+        answers = tokenizer(words, add_special_tokens=False).input_ids
+        first = {ids[0] for ids in answers} - {tokenizer.unk_token_id}
         if not first:
             raise ValueError(f"VQA_SCORE {name}: its tokenizer does not know {words[0]!r}")
         tokens.append(sorted(first))
@@ -112,16 +114,19 @@ def rating_from_http(images, prompts):
         image.save(file, "PNG")
         pngs.append(base64.b64encode(file.getvalue()).decode())
     body = json.dumps({"images": pngs, "prompts": list(prompts)}).encode()
-    request = urllib.request.Request(REWARD_URL, body, {"Content-Type": "application/json"})
+    header = {"Content-Type": "application/json"}
     for left in reversed(range(TRIES)):
         try:
+            request = urllib.request.Request(REWARD_URL, body, header)
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                scores = [float(score) for score in json.load(answer)["scores"]]
+                scores = json.load(answer)["scores"]
+            scores = [float(score) for score in list.copy(scores)]  # a text is no list
             break
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # each way to fail has a type of its own
             if not left:
                 raise ValueError(f"REWARD_URL {REWARD_URL}: no scores in {TRIES} tries "
                                  f"({type(error).__name__}: {error})") from error
+            time.sleep(PAUSE)
     if len(scores) != len(images):
         raise ValueError(f"REWARD_URL {REWARD_URL}: {len(scores)} scores, {len(images)} pictures")
     return scores

@@ -18,18 +18,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from experiments import flow, overoptimization, sweep, tables, tune  # noqa: E402
-from support import commands, evaluation, flags, runs, training  # noqa: E402
+from support import commands, evaluation, flags, models, runs, training  # noqa: E402
 
 FRESH = ("--seeds", "5", "--seed", "10")  # seeds that no tuning and no pilot used
 VARIANCES = {"five prompts": "",
              "one prompt": "--prompts bias --prompts-per-round 1 --samples-per-prompt 64"}
 SAMPLERS = {"chapter_3": "03_ddpo.py --rounds 60",
             "chapter_3_plain": "03_ddpo.py --rounds 60 --step-weight none",
+            "ddim": "experiments/flow.py --sampler ddim",
             "sde": "experiments/flow.py",
             "constant": "experiments/flow.py --sampler constant",
             "cps": "experiments/flow.py --sampler cps",
-            "cps_not_last": "experiments/flow.py --sampler cps --no-train-last"}
-FIGURES = {"flow/sde_seed0/before_after": "flow", "sweep": "dpok_sweep", "frontier/frontier": "frontier",
+            "cps_not_last": "experiments/flow.py --sampler cps --no-train-last",
+            "cps_window": "experiments/flow.py --sampler cps --noise-steps 3"}
+FIGURES = {"sweep": "dpok_sweep", "frontier/frontier": "frontier",
+           "flow/sde_seed0/before_after": "flow",
            "overoptimization": "overoptimization_writing",
            "overoptimization_curves": "overoptimization_writing_curves",
            "eval_seeds/curves": "eval_curves", "eval_seeds/kl": "eval_kl",
@@ -55,23 +58,20 @@ def chapter(out, name, script):
 
 def samplers(out):
     """Chapter 3 and flow steps over three seeds: drawn as they were trained, and by the ODE."""
-    seeds = (0, 1, 2)
+    rows, seeds = [], (0, 1, 2)
     wanted = {f"{name}_seed{seed}": [*words.split(), "--seed", str(seed)]
               for name, words in SAMPLERS.items() for seed in seeds}
     commands.train_missing(wanted, out, jobs=2)
-    rows = []
     for name, words in SAMPLERS.items():
-        columns = {}
+        found = {"before": [], "after": [], "gain": [], "after, by the ODE": []}
         for seed in seeds:
-            folder, config = out / f"{name}_seed{seed}", flow.Config(seed=seed)
-            own = tables.summary_of(folder)["reward"]
-            before, after = (flow.rewards_by_ode(model, config).mean().item()
-                             for model in (config.model, folder))
-            found = {name: own[name] for name in ("before", "after", "gain")}
-            for column, value in (found | {"ODE before": before, "ODE after": after}).items():
-                columns.setdefault(column, []).append(value)
-        rows.append({"command": words} | {column: evaluation.cell(*training.mean_se(values))
-                                          for column, values in columns.items()})
+            folder = str(out / f"{name}_seed{seed}")
+            r = flow.rewards_by_ode(models.load_pipeline(folder), flow.Config(seed=seed))
+            own = tables.summary_of(folder)["reward"] | {"after, by the ODE": r.mean().item()}
+            for column, values in found.items():
+                values.append(own[column])
+        row = {column: evaluation.cell(*training.mean_se(found[column])) for column in found}
+        rows.append({"command": words} | row | {"worst seed": f"{min(found['after']):.2f}"})
     return rows
 
 

@@ -37,7 +37,7 @@ RANGES = {  # field -> smallest and largest value; both allowed
     "labels": (2, 10**6),
     "lora_rank": (0, 10**6),
     "max_grad_norm": (TINY, inf),
-    "noise": (TINY, 1),
+    "noise": (TINY, 1e30),
     "noise_steps": (0, 1000),
     "num_steps": (1, 1000),
     "pictures": (100, 10**6),

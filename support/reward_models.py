@@ -192,12 +192,12 @@ def ask_judge(images, questions):
 class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, flag="--vlm"):
         wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = from_hub(transformers.LlavaForConditionalGeneration, name, "--vlm", wanted,
+        self.model = from_hub(transformers.LlavaForConditionalGeneration, name, flag, wanted,
                               dtype=half, output_loading_info=True).to(device).eval()
-        self.processor = from_hub(transformers.AutoProcessor, name, "--vlm", wanted)
+        self.processor = from_hub(transformers.AutoProcessor, name, flag, wanted)
         self.processor.tokenizer.padding_side = "left"  # answers must start where questions end
         # How many tokens a picture has, the model knows; processors of 2023 and 2024 do not.
         config = self.model.config

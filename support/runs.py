@@ -204,6 +204,7 @@ class Run:
 
     def finish(self, pipe):
         """Saves weights, figures and summary.  -> the summary, by what is measured"""
+        self.pipe = pipe
         self.save_weights(pipe, self.folder)
         summary = {"queries": self.rows[-1]["queries"],
                    "seconds": time.perf_counter() - self.started}

@@ -111,7 +111,7 @@ def reward_from_file(spec, flag):
 
 def load_module(file, label=None):
     """The module of a Python file, under the file's own name, by which a process pool finds it."""
-    file, label = Path(file).resolve(), label or file
+    file, label = Path(models.find(file) or file).resolve(), label or file
     if not file.is_file():
         raise ValueError(f"{label}: there is no file {file}")
     sys.path.append(str(file.parent))

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from experiments import flow
-from support import runs
+from support import models, runs
 from tests.equations import closed_forms as chain
 from tests.equations.closed_forms import LOOP, double, randn, stable_scheduler
 
@@ -28,12 +28,19 @@ class Linear:
         return SimpleNamespace(sample=slope.view(-1, 1, 1, 1) * x + c.view(-1, 1, 1, 1))
 
 
-def step_of(config, policy=flow.policy, prediction="epsilon", x=randn(5, 2, 3, 3), T=5):
+def step_of(config, policy=flow.policy, prediction="epsilon", x=randn(5, 2, 3, 3), c=None):
     """Mean and std of a policy at all T steps at once: picture k is at step k."""
+    T = len(x)
     scheduler = stable_scheduler(T, prediction_type=prediction)
     pipe = SimpleNamespace(scheduler=scheduler, unet=Linear())
-    c = randn(T, 4, 6, seed=1)
+    c = randn(T, 4, 6, seed=1) if c is None else c
     return policy(pipe, x, scheduler.timesteps, c, c[:1], config)
+
+
+def cold_policy(pipe, x_t, t, c, empty, config):
+    """DDIM without noise, by chapter 1."""
+    eps = mdp.predict_noise(pipe.unet, x_t, t, c, empty, config.guidance_scale)
+    return mdp.step_mean_std(pipe.scheduler, eps, t, x_t, eta=0.0)
 
 
 def flow_times(T=5):
@@ -71,14 +78,19 @@ def test_a_model_of_any_prediction_is_a_flow_matching_model(prediction):
 # ---- the steps ------------------------------------------------------------------------------
 
 
-def spread_of_gaussian_data(step, T, variance=0.25):
+def left_of_gaussian_data(sampler, T, variance=0.25, a=0.7):
     """Variance after T equal steps with the best velocity for data N(0, variance)."""
     times = torch.linspace(1, 0, T + 1, dtype=torch.float64)
     total = 1.0
     for s, s_prev in zip(times, times[1:]):
-        marginal = (1 - s) ** 2 * variance + s**2
-        v = (s - (1 - s) * variance) / marginal  # E[ε − x_0 | x̃ = 1]
-        mean, std = step(double(1.0), v, s, s_prev, min(s, times[1]))
+        v = (s - (1 - s) * variance) / ((1 - s) ** 2 * variance + s**2)  # E[ε − x_0 | x̃ = 1]
+        below_one = min(s, times[1])  # at s = 1 flow_grpo puts the next s into 1 − s
+        if sampler == "cps":
+            mean, std = flow.cps_step(1.0, v, s, s_prev, flow.cps_noise(s_prev, a))
+        else:
+            of_grpo = flow.flow_grpo_noise(below_one, a) * (s / below_one).sqrt()
+            g = {"sde": of_grpo, "constant": double(a), "ode": double(0.0)}[sampler]
+            mean, std = flow.sde_step(1.0, v, s, s_prev, g)
         total = mean**2 * total + std**2
     return total.item()
 
@@ -87,39 +99,23 @@ def spread_of_gaussian_data(step, T, variance=0.25):
 @equation("Flow-GRPO's noise", "experiments.flow.flow_grpo_noise")
 @equation("CPS's step", "experiments.flow.cps_step")
 @equation("CPS's noise", "experiments.flow.cps_noise")
-def test_on_gaussian_data_the_sde_keeps_the_variance_as_steps_grow_and_cps_loses_it():
-    """0.25 is right. Flow-GRPO takes g at the next s where s = 1. Without noise: the ODE."""
-    def ode(x, v, s, s_prev, _):
-        return flow.sde_step(x, v, s, s_prev, double(0.0))
-
-    def sde(x, v, s, s_prev, below_one):
-        return flow.sde_step(x, v, s, s_prev, flow.flow_grpo_noise(below_one, 0.7))
-
-    def constant(x, v, s, s_prev, _):
-        return flow.sde_step(x, v, s, s_prev, double(0.7))
-
-    def cps(x, v, s, s_prev, _):
-        return flow.cps_step(x, v, s, s_prev, flow.cps_noise(s_prev, 0.7))
-
-    found = {step.__name__: [round(spread_of_gaussian_data(step, T), 3) for T in (10, 400)]
-             for step in (ode, sde, constant, cps)}
-    assert found == {"ode": [0.186, 0.248], "sde": [0.230, 0.251], "constant": [0.225, 0.249],
-                     "cps": [0.137, 0.179]}
-    for step in (ode, sde, constant):
-        assert spread_of_gaussian_data(step, 10000) == pytest.approx(0.25, abs=5e-4)
+@pytest.mark.parametrize("sampler, few, many", (
+    ("ode", 0.186, 0.248), ("sde", 0.23, 0.251), ("constant", 0.225, 0.249), ("cps", 0.137, 0.179)))
+def test_on_gaussian_data_the_sde_keeps_the_variance_and_cps_does_not(sampler, few, many):
+    found = [left_of_gaussian_data(sampler, T) for T in (10, 400)]
+    assert found == pytest.approx([few, many], abs=5e-4)
+    if sampler != "cps":
+        assert left_of_gaussian_data(sampler, 10000) == pytest.approx(0.25, abs=5e-4)
 
 
 @equation("the SDE's step", "experiments.flow.sde_step")
 @equation("Flow-GRPO's noise", "experiments.flow.flow_grpo_noise")
-def test_the_sdes_step_by_hand():
-    """x̃ = 2, v = 3 at s = 0.8, to 0.5, g = 1.5: ε̂ = 2.6, and dt is negative."""
-    numbers = map(double, (2.0, 3.0, 0.8, 0.5, 1.5))
-    mean, std = flow.sde_step(*numbers)
-    assert mean.item() == pytest.approx(2 - 0.3 * (3 + 2.25 / 1.6 * 2.6))
-    assert std.item() == pytest.approx(1.5 * math.sqrt(0.3))
+def test_the_sdes_noise_by_hand_and_what_its_last_step_leaves():
     assert flow.flow_grpo_noise(double([0.8]), 0.7).item() == pytest.approx(0.7 * 2)
+    _, std = flow.sde_step(*map(double, (2.0, 3.0, 0.8, 0.5, 1.5)))
+    assert std.item() == pytest.approx(1.5 * math.sqrt(0.3))
     _, std = flow.sde_step(*map(double, (2.0, 3.0, 0.1, 0.0, 0.7 / 3)))
-    assert std.item() == pytest.approx(0.0738, abs=1e-4)  # what the last step leaves
+    assert std.item() == pytest.approx(0.0738, abs=1e-4)
     with pytest.raises(ValueError, match="infinite"):
         flow.flow_grpo_noise(double([0.5, 1.0]), 0.7)
 
@@ -191,19 +187,15 @@ def test_a_flow_step_in_chapter_1s_coordinates(sampler):
 
 
 @equation("flow policy", "experiments.flow.policy")
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_window_has_noise_and_the_rest_is_the_ode(sampler):
-    config = flow.Config(sampler=sampler, noise_steps=2)
+@pytest.mark.parametrize("sampler, noisy", ((SAMPLERS[0], 1), *zip(SAMPLERS, (2, 3, 2, 9))))
+def test_a_window_has_noise_and_the_rest_is_ddim_without_noise(sampler, noisy):
+    config = flow.Config(sampler=sampler, noise_steps=noisy, guidance_scale=2.0)
     mean, std = step_of(config)
     everywhere, full = step_of(replace(config, noise_steps=0))
-    ode, none = step_of(config, flow.ode_policy)
-    assert (none == 0).all() and (std[2:] == 0).all() and torch.equal(std[:2], full[:2])
-    assert (full > 0).all() and torch.equal(mean[:2], everywhere[:2])
-    torch.testing.assert_close(mean[2:], ode[2:])
-    s, s_prev, c_prev = (values.view(-1, 1, 1, 1) for values in flow_times())
-    cold, _ = step_of(config, lambda pipe, *rest: mdp.step_mean_std(
-        pipe.scheduler, pipe.unet(*rest[:3]).sample, rest[1], rest[0], eta=0.0))
-    torch.testing.assert_close(ode, cold)  # DDIM without noise
+    cold, _ = step_of(config, cold_policy)
+    assert (full > 0).all() and (std[noisy:] == 0).all() and torch.equal(std[:noisy], full[:noisy])
+    assert torch.equal(mean[:noisy], everywhere[:noisy])
+    torch.testing.assert_close(mean[noisy:], cold[noisy:])
     one_at_a_time, _ = step_of(config, lambda pipe, x, t, c, *rest: (torch.cat([
         flow.policy(pipe, x[[k]], t[k], c[[k]], *rest)[0] for k in range(5)]), None))
     torch.testing.assert_close(one_at_a_time, mean)
@@ -213,31 +205,30 @@ def test_a_window_has_noise_and_the_rest_is_the_ode(sampler):
     ("ddim", 8.32, 8), ("sde", 1.90, 8), ("constant", 3.28, 0), ("cps", 8.89, 8)))
 def test_which_step_dominates(sampler, most, at):
     """By how many σ a mean moves with ε, of ten steps: chapter 1's κ/σ. Flow-GRPO's are alike."""
-    scheduler, config = stable_scheduler(), flow.Config(sampler=sampler)
-    means = []
-    for eps in (0.0, 1.0):
-        def unet(x, t, encoder_hidden_states):
-            return SimpleNamespace(sample=torch.full_like(x, eps))
-
-        unet.dtype = torch.float64
-        pipe, c = SimpleNamespace(scheduler=scheduler, unet=unet), torch.zeros(10, 1, 1)
-        x = double([0.0] * 10).view(-1, 1, 1, 1)
-        mean, std = flow.policy(pipe, x, scheduler.timesteps, c, None, config)
-        means.append(mean)
-    moves = ((means[1] - means[0]).abs() / std).flatten()
+    x, config = double([0.0] * 10).view(-1, 1, 1, 1), flow.Config(sampler=sampler)
+    (zero, std), (one, _) = (
+        step_of(config, x=x, c=torch.full((10, 1, 1), eps)) for eps in (0.0, 1.0))
+    moves = ((one - zero).abs() / std).flatten()
     assert moves.max().item() == pytest.approx(most, abs=0.01) and moves.argmax() == at
     if sampler == "ddim":
+        scheduler = stable_scheduler()
         torch.testing.assert_close(moves, mdp.noise_weight(scheduler, scheduler.timesteps))
 
 
-def test_latents_in_bfloat16_make_the_ratio_smaller_than_1():
-    """Of a last step with σ = 0.01; what the chapters store is float32, and scored as stored."""
-    mean, std = randn(64, 4, 8, 8), double(0.01)
-    action = mean + std * randn(64, 4, 8, 8, seed=1)
-    change = mdp.log_prob(action.bfloat16().double(), mean, std) - mdp.log_prob(action, mean, std)
-    assert change.mean() < -0.5 and change.mean() < -4 * change.std() / 8
-    change = mdp.log_prob(action.float().double(), mean, std) - mdp.log_prob(action, mean, std)
-    assert change.abs().max() < 1e-3
+@pytest.mark.parametrize("sampler", ("sde", "cps"))
+def test_what_is_published_differs_by_known_factors(sampler):
+    """Means over D; flow_grpo's KL has g² for σ², its CPS's log-probability no 1/(2σ²)."""
+    x, v, other = (randn(4, 2, 3, 3, seed=seed) for seed in range(3))
+    s, s_prev, g = double(0.6), double(0.5), double(0.7)
+    step, noise = (flow.sde_step, g) if sampler == "sde" else (flow.cps_step, double(0.3))
+    (p, std), (q, _) = (step(x, velocity, s, s_prev, noise) for velocity in (v, other))
+    if sampler == "sde":
+        published = (p - q) ** 2 / (2 * g**2)
+        ours = flow.flow_kl(v, other, s, s_prev, g) * 0.1
+    else:
+        published = (x - q) ** 2 - (x - p) ** 2
+        ours = (mdp.log_prob(x, p, std) - mdp.log_prob(x, q, std)) * 2 * std**2
+    torch.testing.assert_close(published.mean((1, 2, 3)), ours / 18)
 
 
 # ---- advantages, and the loop ---------------------------------------------------------------
@@ -257,12 +248,16 @@ def test_group_advantages_by_hand(normalize, scales):
 
 
 def test_steps_without_noise_and_a_last_step_left_out_get_no_advantage():
-    r, config = double([0.0, 0.0, 0.0, 9.0]), flow.Config(num_steps=5, advantage_clip=1.5)
-    cut = flow.group_advantage(r, ["a"] * 4, "group").clamp(max=1.5)
-    for flags, kept in (({}, [1, 1, 1, 1, 1]), ({"train_last": False}, [1, 1, 1, 1, 0]),
-                        ({"noise_steps": 2}, [1, 1, 0, 0, 0])):
-        A = flow.advantages(r, ["a"] * 4, {}, replace(config, **flags))
-        torch.testing.assert_close(A, cut[:, None] * double(kept))
+    config = flow.Config(num_steps=5, advantage_clip=1.5)
+    for flags_of, kept in (({}, [1, 1, 1, 1, 1]), ({"train_last": False}, [1, 1, 1, 1, 0]),
+                           ({"noise_steps": 2}, [1, 1, 0, 0, 0]),
+                           ({"noise_steps": 5, "train_last": False}, [1, 1, 1, 1, 0])):
+        for sign in (1, -1):  # of one that stands out by 1.73 deviations
+            r = sign * double([0.0, 0.0, 0.0, 9.0])
+            cut = flow.group_advantage(r, ["a"] * 4, "group").clamp(-1.5, 1.5)
+            A = flow.advantages(r, ["a"] * 4, {}, replace(config, **flags_of))
+            torch.testing.assert_close(A, cut[:, None] * double(kept))
+            assert A.abs().max() == 1.5
 
 
 @equation("DDPO_IS", "03_ddpo.train")
@@ -287,21 +282,28 @@ def test_with_chapter_1s_step_the_loop_is_chapter_3s_but_for_the_mean(guidance_s
             torch.testing.assert_close(b, 0.8 * a, rtol=1e-5, atol=1e-5)
 
 
-def test_the_loop_draws_looks_and_learns_by_the_policy_that_it_is_handed(tmp_path, monkeypatch):
+def test_the_script_draws_looks_and_learns_by_its_policy_and_judges_by_the_ode(
+        tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs.Run, "draw", lambda *_: None)
-    known = []
+    known, policy = [], flow.policy
 
-    def policy(pipe, x_t, t, *rest):
-        mean, std = flow.policy(pipe, x_t, t, *rest)
-        known.append((torch.is_grad_enabled(), len(x_t)))
+    def watched(pipe, x_t, *rest):
+        mean, std = policy(pipe, x_t, *rest)
+        known.append((torch.is_grad_enabled(), len(x_t), std.max().item() > 0))
         return mean, std
 
-    config = flow.Config(
-        num_steps=3, rounds=1, prompts="bias", prompts_per_round=1, samples_per_prompt=4,
-        reward="compressibility", eval_samples=2, film_pictures=2, device="cpu", seed=3,
-        noise_steps=1, updates_per_round=1, out=str(tmp_path))
-    run, summary = ddpo.train(config, policy, flow.advantages)
-    assert [number for learns, number in known if not learns] == [2] * 3 + [4] * 3 + [2] * 3
-    learned, = [number for learns, number in known if learns]
-    assert learned == 4  # the step with noise alone
-    assert math.isfinite(summary["reward"]["after"]) and 0 < run.rows[0]["grad_norm"] < math.inf
+    monkeypatch.setattr(flow, "policy", watched)
+    words = ("--sampler cps --num-steps 3 --rounds 1 --prompts bias --prompts-per-round 1 "
+             "--samples-per-prompt 4 --reward compressibility --eval-samples 2 --film-pictures 2 "
+             "--device cpu --seed 3 --noise-steps 1 --updates-per-round 1 --learning-rate 1e-3")
+    run = flow.main([*words.split(), "--out", str(tmp_path)])
+    look, cold = [(2, True), (2, False), (2, False)], [(2, False)] * 3
+    drawn = [(number, noisy) for learns, number, noisy in known if not learns]
+    assert drawn == look + [(4, True), (4, False), (4, False)] + look + cold + cold
+    assert [(number, noisy) for learns, number, noisy in known if learns] == [(4, True)]
+    assert 0 < run.rows[0]["grad_norm"] < math.inf
+    reward, told = import_module("02_rewards").get_reward("compressibility"), capsys.readouterr()
+    for model, when in (("tiny_sd", "before"), (run.folder, "after")):
+        pipe = models.load_pipeline(str(model))
+        r = ddpo.evaluate(pipe, ["four stars"], reward, run.config, cold_policy)["reward"]
+        assert f"noise: {r.mean():.3f} ± {r.std() / 2**0.5:.3f} {when}" in told.out

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import (ddpo_rewards, frontier, generalization, lemma, make_tiny_sd,
+from experiments import (ddpo_rewards, flow, frontier, generalization, lemma, make_tiny_sd,
                          overoptimization, results, sft, sweep, tune, variance)
 from support import commands, evaluation, figures, flags, models, runs, training
 from support.prompts import get_prompts
@@ -482,7 +482,7 @@ def test_lemma_prints_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "ballot", "ddpo_rewards", "early_stopping", "frontier", "generalization", "lemma",
+    "ballot", "ddpo_rewards", "early_stopping", "flow", "frontier", "generalization", "lemma",
     "make_rewards", "make_tiny_sd", "results",
     "sft", "tune", "variance"])  # those above are asked by what they start
 def test_no_flag_is_parsed_and_dropped(name):
@@ -499,6 +499,9 @@ def test_no_flag_is_parsed_and_dropped(name):
 
 @pytest.mark.parametrize("script, words, named", [
     (sft, "--temperature 0", "--temperature"), (sft, "--gold beauty", "--gold beauty"),
+    (flow, "--samples-per-prompt 1", "--samples-per-prompt"), (flow, "--noise 0", "--noise"),
+    (flow, "--num-steps 1 --no-train-last", "--no-train-last"),
+    (flow, "--sampler cps --noise 1.2", "--noise"),
     (variance, "--groups 99", "--groups"), (frontier, "--prompts count", "--prompts count"),
     (lemma, "--eta 0", "--eta"), (sweep, "--betas", "--betas"), (sweep, "-- --beta 1", "--beta"),
     (sweep, "-- --rounds 0", "--rounds"), (ddpo_rewards, "-- --num-steps 0", "--num-steps"),

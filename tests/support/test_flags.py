@@ -8,7 +8,8 @@ import pytest
 
 from support import flags, runs
 
-SCRIPTS = ("01_mdp", "02_rewards", "03_ddpo", "04_dpok", "05_eval", "experiments.sft")
+SCRIPTS = ("01_mdp", "02_rewards", "03_ddpo", "04_dpok", "05_eval", "experiments.sft",
+           "experiments.flow")
 
 
 @pytest.mark.parametrize("name, allowed, refused", [

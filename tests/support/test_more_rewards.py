@@ -1,4 +1,4 @@
-"""The rewards to pick up, on small random models of the true classes, saved and loaded again."""
+"""The rewards ready to use, on small random models of the true classes, saved and loaded again."""
 import base64
 import io
 import json
@@ -15,13 +15,12 @@ from support import models, scoring
 from support import reward_models as nets
 from tests.support.test_reward_models import IMAGES, llava  # noqa: F401
 
-FILE = models.HERE / "experiments" / "more_rewards.py"
-more = scoring.load_module(FILE)
+more = scoring.load_module("experiments/more_rewards.py")
 PROMPTS = ["a red circle and two blue stars on the left", "one star"]
 
 
 def reward_of(name):
-    return scoring.get_reward({}, f"{FILE}:{name}")
+    return scoring.get_reward({}, f"experiments/more_rewards.py:{name}")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,12 @@ def test_clip_scores_are_scaled_cosines_of_each_picture_and_its_own_prompt(name,
     monkeypatch.setattr(more, name.upper(), clip)
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip)
-    found = reward_of(name)(IMAGES, PROMPTS)
-    for r, image, prompt in zip(found, IMAGES, PROMPTS, strict=True):
+    prompts = [PROMPTS[0], "one star " * 20]  # which is cut to 20 tokens
+    found = reward_of(name)(IMAGES, prompts)
+    for r, image, prompt in zip(found, IMAGES, prompts, strict=True):
         seen = model.vision_model(nets.clip_pixels([image], 32, "cpu")).pooler_output
-        read = model.text_model(tokenizer(prompt, return_tensors="pt").input_ids).pooler_output
+        text = tokenizer(prompt, truncation=True, max_length=20, return_tensors="pt")
+        read = model.text_model(text.input_ids).pooler_output
         f, g = model.visual_projection(seen)[0], model.text_projection(read)[0]
         cosine = (f @ g / f.norm() / g.norm()).item()
         assert r == pytest.approx(torch.tensor(1.5).exp().item() * cosine, abs=1e-4)
@@ -58,7 +59,8 @@ def test_clip_scores_are_scaled_cosines_of_each_picture_and_its_own_prompt(name,
         reward_of(name)(IMAGES, PROMPTS)
 
 
-def test_the_shipped_clip_knows_its_world_and_a_mix_is_a_sum():
+def test_the_shipped_clip_is_found_from_anywhere_and_a_mix_is_a_sum(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     images = [Image.new("RGB", (64, 64), "white"), *IMAGES[:1]]
     score, mix = (reward_of(name)(images, PROMPTS) for name in ("clip_score", "jpeg_and_clip"))
     sizes = []
@@ -107,6 +109,7 @@ def server(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever).start()
         monkeypatch.setattr(more, "REWARD_URL", f"http://127.0.0.1:{http.server_port}/rate")
+        monkeypatch.setattr(more, "PAUSE", 0)
         yield answers, posted
         http.shutdown()
 
@@ -121,7 +124,8 @@ def test_a_server_gets_pictures_and_prompts_and_is_asked_again(server):
 
 
 @pytest.mark.parametrize("texts, told", (
-    (['{"scores": [1]}'], "1 scores, 2 pictures"), (["no JSON"] * 3, "no scores in 3 tries"),
+    (['{"scores": [1]}'], "1 scores, 2 pictures"), (['{"scores": [1, 2, 3]}'], "3 scores"),
+    (["no JSON"] * 3, "no scores in 3 tries"), (['{"scores": "12"}'] * 3, "no scores in 3 tries"),
     (['{"marks": [1, 2]}'] * 3, "no scores in 3 tries"), (["[1, 2]"] * 3, "no scores in 3 tries")))
 def test_a_server_that_gives_no_scores_is_named(texts, told, server):
     answers, posted = server
@@ -133,6 +137,7 @@ def test_a_server_that_gives_no_scores_is_named(texts, told, server):
 
 def test_a_server_that_is_silent_or_not_there_is_named(monkeypatch):
     monkeypatch.setattr(more, "TIMEOUT", 0.1)
+    monkeypatch.setattr(more, "PAUSE", 0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         for listening in (False, True):
