@@ -27,14 +27,15 @@ there, we refuse (tiny_sd begins at 0.89). (2) The SDE's last step leaves noise,
 equal steps and a = 0.7. Flow-GRPO trains with the SDE and judges by the ODE; we print both. (3) The
 SDE's KL in flow_grpo's train_sd3.py lacks −dt, CPS's log-probability 1/(2σ²), and both are means
 over dimensions. (4) Latents rounded to bfloat16 after they were scored: the ratio is not 1.
-(5) CPS's τ does not shrink with dt: of Gaussian data with variance 0.25 and the exact v it
-leaves 0.14 in 10 equal steps and 0.18 in 400, the ODE 0.19 and 0.25, Flow-GRPO 0.23 and 0.25.
+(5) CPS's τ does not shrink with dt: of Gaussian data with variance 0.25 and the exact v it leaves
+0.14 in 10 equal steps and 0.18 in 400, the ODE 0.19 and 0.25, Flow-GRPO 0.23 and 0.25.
 RUN `python experiments/flow.py`: chapter 3's task with Flow-GRPO's step, 4 minutes on two cores.
 EXPECT alignment to rise from 0.67 to 0.97 in 3,840 queries (03 with --rounds 60: 0.73 to 0.99), by
 the ODE from 0.63 to 0.97. TRY `--sampler cps`, with `--noise-steps 3` and without.
+WRITES a run folder like chapter 3's. Its config.json says which sampler drew; chapter 5 draws from
+it with chapter 1's step. `kl_old` is T times the mean over the steps that are trained.
 DEPARTURES. SD3 and FLUX are not loaded. No KL term is trained on: `flow_kl` is what it would be.
-Steps are equal in t, not in s. Chapter 5 samples such a model with chapter 1's step. Where steps
-are left out, `kl_old` in the log is T times the mean of the others.
+Steps are equal in t, not in s.
 """
 import sys
 from dataclasses import dataclass, replace

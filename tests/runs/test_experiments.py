@@ -490,7 +490,7 @@ def test_no_flag_is_parsed_and_dropped(name):
     script = import_module(f"experiments.{name}")
     files = [Path(script.__file__), Path(make_tiny_sd.__file__)]  # whose loop make_rewards uses
     chapters = [*models.HERE.glob("0*.py"), *models.HERE.glob("support/*.py")]
-    of_chapters = {field.name for field in fields(dpok.Config)}
+    of_chapters = {field.name for field in (*fields(ddpo.Config), *fields(dpok.Config))}
     for field in fields(script.Config):
         read = files + chapters if field.name in of_chapters else files
         text = "".join(file.read_text(encoding="utf-8") for file in read)
