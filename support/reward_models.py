@@ -193,7 +193,7 @@ class Llava:
     """(pictures, questions) -> answers, greedily, from a LLaVA-1.5 in transformers' format."""
 
     def __init__(self, name, device, flag="--vlm"):
-        wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf, or judge"
+        wanted = "a LLaVA such as llava-hf/llava-1.5-7b-hf"
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.model = from_hub(transformers.LlavaForConditionalGeneration, name, flag, wanted,
                               dtype=half, output_loading_info=True).to(device).eval()
