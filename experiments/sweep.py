@@ -12,7 +12,7 @@ run that was made with other settings. Flags behind a lone -- are passed on to c
 
     python experiments/sweep.py --betas 0 0.01 0.1 --out runs/short -- --rounds 10 --prompts tasks
 
-EXPECT the path KL at β = 0 to be several times that at chapter 4's β, for the same gold.
+EXPECT the path KL at β = 0 to be several times that at chapter 4's β, for a little more gold.
 WRITES in --out sweep_beta_B/ for each β (run folders as chapter 4's), and the plot sweep.png.
 """
 import sys
