@@ -5,11 +5,11 @@ printed digit is what that model believes first; so the diffusion model learns t
 and with a KL term. (Figure 7, left, is film.png of a DDPO_SF run of ddpo_rewards.py on
 incompressibility; how gold falls while image_reward rises, chapter 5's curves show.)
 
-RUN `python experiments/overoptimization.py`: two trainings (not timed yet). It prints and starts
+RUN `python experiments/overoptimization.py`: two trainings, a quarter of an hour. It prints and starts
 commands (you can type the same), leaves out finished runs, and refuses one with other settings.
 Flags behind a lone -- are passed on to chapter 4: `-- --alpha 2`.
-EXPECT more and more digits, beside numbers of shapes that get no better. The KL term does not keep
-the digits out: writing costs few nats.
+EXPECT more and more digits, beside numbers of shapes that get no better. With the KL term they come
+later and are fewer, but come: writing costs few nats.
 WRITES in --out the run folders overoptimization_beta_*/, overoptimization_curves.png (against
 reward queries: proxy and gold, means of five rounds, and the share of pictures with the number
 written), and overoptimization.png (first of all prompts with which the trick has worked).
