@@ -32,8 +32,9 @@ over dimensions. (4) Latents rounded to bfloat16 after they were scored: the rat
 RUN `python experiments/flow.py`: chapter 3's task with Flow-GRPO's step, 4 minutes on two cores.
 EXPECT alignment to rise from 0.67 to 0.97 in 3,840 queries (03 with --rounds 60: 0.73 to 0.99), by
 the ODE from 0.63 to 0.97. TRY `--sampler cps`, with `--noise-steps 3` and without.
-WRITES a run folder like chapter 3's. Its config.json says which sampler drew; chapter 5 draws from
-it with chapter 1's step. `kl_old` is T times the mean over the steps that are trained.
+WRITES a run folder like chapter 3's, and by_ode.json (means, errors). Its config.json says which
+sampler drew; chapter 5 draws from it with chapter 1's step. `kl_old` is T times the mean over the
+steps that are trained.
 DEPARTURES. SD3 and FLUX are not loaded. No KL term is trained on: `flow_kl` is what it would be.
 Steps are equal in t, not in s.
 """
@@ -232,10 +233,12 @@ def main(argv=None):
     run, summary = ddpo.train(config, policy, advantages)
     runs.report(run, summary)
     pretrained = models.load_pipeline(config.model, config.device, config.dtype)
+    by_ode = {}
     for pipe, when in ((pretrained, "before"), (run.pipe, "after")):
         r = rewards_by_ode(pipe, config)
-        mean, error = training.mean_se(r)
+        mean, error = by_ode[when] = training.mean_se(r)
         print(f"By the ODE, from the same noise: {mean:.3f} ± {error:.3f} {when}")
+    runs.write_json(run.folder / "by_ode.json", by_ode)
     return run
 
 

@@ -107,7 +107,10 @@ def vqa_score(images, prompts):
 
 @in_batches
 def rating_from_http(images, prompts):
-    """Posts {"images": [PNG in base64, ...], "prompts": [...]}; the answer is {"scores": [...]}."""
+    """POST to REWARD_URL: {"images": [PNG in base64, ...], "prompts": [...]}, at most 32 of each.
+
+    The answer is {"scores": [a number for each picture]}.
+    """
     pngs = []
     for image in images:
         file = io.BytesIO()

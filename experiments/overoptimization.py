@@ -5,7 +5,7 @@ printed digit is what that model believes first; so the diffusion model learns t
 and with a KL term. (Figure 7, left, is film.png of a DDPO_SF run of ddpo_rewards.py on
 incompressibility; how gold falls while image_reward rises, chapter 5's curves show.)
 
-RUN `python experiments/overoptimization.py`: two trainings, a quarter of an hour. It prints and starts
+RUN `python experiments/overoptimization.py`: two trainings, 13 minutes. It prints and starts
 commands (you can type the same), leaves out finished runs, and refuses one with other settings.
 Flags behind a lone -- are passed on to chapter 4: `-- --alpha 2`.
 EXPECT more and more digits, beside numbers of shapes that get no better. With the KL term they come

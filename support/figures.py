@@ -87,7 +87,7 @@ def curves(path, rows, fresh, titles):
                                     (fresh, "fresh noise", dict(fmt="ks", ms=4, capsize=4))):
             x, y, error = ([line[key] for line in lines] for key in ("queries", name, name + "_se"))
             ax.errorbar(x, y, error, label=label, **style)
-        ax.set(xlabel="reward queries", title=title)
+        ax.set(xlabel="reward queries", title=wrapped(title, 36))
         ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     figure.savefig(path)

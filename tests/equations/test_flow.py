@@ -1,4 +1,5 @@
 """Flow-matching steps against plain floats, Gaussian data, torch.distributions and chapter 1."""
+import json
 import math
 from dataclasses import replace
 from importlib import import_module
@@ -303,7 +304,9 @@ def test_the_script_draws_looks_and_learns_by_its_policy_and_judges_by_the_ode(
     assert [(number, noisy) for learns, number, noisy in known if learns] == [(4, True)]
     assert 0 < run.rows[0]["grad_norm"] < math.inf
     reward, told = import_module("02_rewards").get_reward("compressibility"), capsys.readouterr()
+    kept = json.loads((run.folder / "by_ode.json").read_text())
     for model, when in (("tiny_sd", "before"), (run.folder, "after")):
         pipe = models.load_pipeline(str(model))
         r = ddpo.evaluate(pipe, ["four stars"], reward, run.config, cold_policy)["reward"]
         assert f"noise: {r.mean():.3f} ± {r.std() / 2**0.5:.3f} {when}" in told.out
+        assert kept[when] == pytest.approx([r.mean().item(), r.std().item() / 2**0.5])
