@@ -25,7 +25,7 @@ its D-th root: a clip of 1e-4 lets the exact one go from 0.19 to 5.1 where D = 1
 mean as baseline (the paper's is `running`); a learning rate that falls (the paper's is constant).
 EXERCISES. (1) Train on compressibility, then run `02_rewards.py --model RUN`: what was the price?
 (2) Take min out of the objective: which test fails? (3) Why may a baseline contain any reward but
-the sample's own? (4) What is w_t of a flow-matching model? `experiments/flow.py` trains one so.
+the sample's own? (4) What is w_t of a flow-matching model? See `experiments/flow.py`.
 """
 import math
 from dataclasses import dataclass
@@ -107,8 +107,8 @@ def leave_one_out_advantage(r, prompts):
 def running_advantage(r, prompts, history, keep=32, min_count=16):
     """A_i = (r_i − mean) / std over the prompt's last `keep` rewards, this round's included.
 
-    DDPO's per-prompt statistics; below min_count rewards those of the whole round, as published.
-    They contain r_i, which shrinks E[A·∇log p] a little. `history` (prompt -> rewards) changes.
+    DDPO's per-prompt statistics; below min_count rewards, those of the whole round, as published.
+    They contain r_i, which shrinks E[A·∇log p] a little. `history` (prompt -> rewards) is changed.
     """
     r = r.double()
     for value, prompt in zip(r.tolist(), prompts):

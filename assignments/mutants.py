@@ -171,7 +171,8 @@ experiments.make_rewards.bradley_terry_loss
 03_ddpo.reinforce 04_dpok.train
     mdp.rollout(_a, _b, _c, _d, n) => mdp.rollout(_a, _b, _c, _d, 0)  # each round has its own noise
 03_ddpo.train
-    mdp.rollout(_a, _b, _c, _d, n, _e) => mdp.rollout(_a, _b, _c, _d, 0, _e)  # n is not used
+    mdp.rollout(_a, _b, _c, _d, n, _e) => mdp.rollout(_a, _b, _c, _d, 0, _e)
+        # each round has its own noise
     => policy = mdp.policy  # the policy that is passed is not used
     => advantages = globals()["advantages"]  # the advantages that are passed are not used
 03_ddpo.train 04_dpok.train
@@ -183,14 +184,14 @@ experiments.flow.flow_time
     (1 - _a).sqrt() => 1 - _a  # the share of noise is the root of 1 − ᾱ
     noise / c => signal / c  # s is the share of noise: it is near 1 where the picture begins
     signal + noise => 1  # the shares of x_0 and ε must add up to 1
-    return _a, _b => return _a, 1 / _b  # x is divided by c
+    return _a, _b => return _a, 1 / _b  # c is asked for, not 1/c
 experiments.flow.sde_step
     s_prev - s => s - s_prev  # time runs from 1 to 0: dt = s' − s is negative
     (1 - s) * v => s * v  # ε̂ = x̃ + (1−s)·v; with −s it would be x̂_0
-    v + _a => v - _a  # what is drawn away as noise comes back with a plus
+    v + _a => v - _a  # the term with ε̂ has the sign of v
     2 * s => 2  # ε̂ is divided by 2s
     (-dt).sqrt() => -dt  # σ = g·√(−dt)
-    return _a, std => return _a, g * torch.ones_like(std)  # this is published: no −dt
+    return _a, std => return _a, g * torch.ones_like(std)  # σ = g·√(−dt)
 experiments.flow.flow_kl
     -dt / 2 * _a => 1 / 2 * _a  # −dt is missing, as in published code
     1 / g + _a => 1 / g  # ε̂ moves with v, too

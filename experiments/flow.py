@@ -61,7 +61,7 @@ ddpo = import_module("03_ddpo")  # Config, train, evaluate, check, spread
 class Config(ddpo.Config):
     sampler: Literal["sde", "constant", "cps", "ddim"] = "sde"  # Flow-GRPO, DanceGRPO, CPS, ch. 1
     noise: float = 0.7  # a: how much noise a step adds; --sampler ddim has --eta instead
-    noise_steps: int = 0  # noise in the first so many steps alone; 0: in all
+    noise_steps: int = 0  # how many first steps have noise; 0: all
     train_last: bool = True  # train on the last step too
     normalize: Literal["group", "round", "none"] = "group"  # whose deviation divides advantages
     baseline: Literal["group"] = "group"  # the mean of the prompt's pictures is subtracted from r
@@ -72,6 +72,7 @@ class Config(ddpo.Config):
     name: str | None = "flow"  # the run's folder in --out
 
 
+# As many pictures a round as DDPO, in groups of 8.
 SD = ddpo.SD | {"baseline": "group", "samples_per_prompt": 8, "prompts_per_round": 32}
 
 
@@ -230,12 +231,13 @@ def main(argv=None):
         raise ValueError("--no-train-last: no step is left to train on")
     if config.sampler == "cps" and config.noise > 1:
         raise ValueError("--noise must be at most 1 with --sampler cps: there it is all noise")
+    pretrained = models.load_pipeline(config.model, config.device, config.dtype)
+    before = rewards_by_ode(pretrained, config)
+    del pretrained  # a large model leaves no room for a second one
     run, summary = ddpo.train(config, policy, advantages)
     runs.report(run, summary)
-    pretrained = models.load_pipeline(config.model, config.device, config.dtype)
     by_ode = {}
-    for pipe, when in ((pretrained, "before"), (run.pipe, "after")):
-        r = rewards_by_ode(pipe, config)
+    for when, r in (("before", before), ("after", rewards_by_ode(run.pipe, config))):
         mean, error = by_ode[when] = training.mean_se(r)
         print(f"By the ODE, from the same noise: {mean:.3f} ± {error:.3f} {when}")
     runs.write_json(run.folder / "by_ode.json", by_ode)

@@ -10,7 +10,8 @@ RUN `python 03_ddpo.py --reward experiments/more_rewards.py:clip_score`, or look
 02_rewards.py --rewards experiments/more_rewards.py:clip_score,alignment`. EXPECT the tiny CLIP to
 agree with alignment in part only (rank correlation 0.37). TRY a sum of two: `--reward
 alignment=1,experiments/more_rewards.py:clip_score=0.1`. Environment variables say which models and
-which server, if not those below: `CLIP_SCORE=openai/clip-vit-large-patch14 python ...`.
+which server, if not those below: `CLIP_SCORE=openai/clip-vit-large-patch14 python ...`. They use a
+GPU if there is one.
 """
 import base64
 import io

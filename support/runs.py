@@ -203,7 +203,7 @@ class Run:
         write_json(folder / "config.json", self.settings)
 
     def finish(self, pipe):
-        """Saves weights, figures and summary.  -> the summary, by what is measured"""
+        """Saves weights, figures, summary; keeps pipe.  -> the summary, by what is measured"""
         self.pipe = pipe
         self.save_weights(pipe, self.folder)
         summary = {"queries": self.rows[-1]["queries"],

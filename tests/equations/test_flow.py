@@ -300,7 +300,7 @@ def test_the_script_draws_looks_and_learns_by_its_policy_and_judges_by_the_ode(
     run = flow.main([*words.split(), "--out", str(tmp_path)])
     look, cold = [(2, True), (2, False), (2, False)], [(2, False)] * 3
     drawn = [(number, noisy) for learns, number, noisy in known if not learns]
-    assert drawn == look + [(4, True), (4, False), (4, False)] + look + cold + cold
+    assert drawn == cold + look + [(4, True), (4, False), (4, False)] + look + cold
     assert [(number, noisy) for learns, number, noisy in known if learns] == [(4, True)]
     assert 0 < run.rows[0]["grad_norm"] < math.inf
     reward, told = import_module("02_rewards").get_reward("compressibility"), capsys.readouterr()

@@ -19,6 +19,11 @@ more = scoring.load_module("experiments/more_rewards.py")
 PROMPTS = ["a red circle and two blue stars on the left", "one star"]
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):  # on a GPU a LLaVA has half precision
+    monkeypatch.setattr(models, "pick_device", lambda *_: "cpu")
+
+
 def reward_of(name):
     return scoring.get_reward({}, f"experiments/more_rewards.py:{name}")
 
